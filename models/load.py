@@ -1,0 +1,224 @@
+"""transformers in, transformers out: a model read shard by shard into its sharded self, and written back as a Hugging Face folder.
+
+No rank ever holds a full copy: reading and writing go one tensor or one layer at a time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+
+from models import attention, logprobs, sharding
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def fetch(cfg):
+    """The local folder of `model.model_name_or_path`, downloaded once per host if it is a hub name."""
+    name = cfg.model_name_or_path
+    if os.path.isdir(name):
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"model.model_name_or_path: there is no folder {name!r} (a hub name looks like `Qwen/Qwen3-0.6B`)")
+    folder = None
+    for turn in ("first on each host", "then the others"):
+        if (turn == "first on each host") == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+            try:
+                folder = snapshot_download(name, revision=cfg.model_revision, allow_patterns=FILES)
+            except Exception as e:
+                raise ValueError(
+                    f"model.model_name_or_path: {name!r} is not a local folder, and the hub did not give it: {type(e).__name__}: "
+                    f"{str(e).splitlines()[0]}"
+                ) from e
+        dist.barrier()
+    return folder
+
+
+def load_tokenizer(cfg, folder):
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+
+
+def build(cfg, folder, fsdp, device, seed):
+    """The sharded causal language model that `cfg` (the config's `model` block) describes, with float32 weights, ready to score."""
+    dtype = sharding.compute_dtype(cfg.dtype, device)
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=torch.float32,
+            attn_implementation=attention.choose(cfg.attn_implementation, device, dtype),
+            trust_remote_code=cfg.trust_remote_code,
+        )
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"model.model_name_or_path: {type(model).__name__} does not take attention by name, which packed rows need; Llama, Qwen, "
+            "Mistral, Gemma 3, Phi-3, OLMo, SmolLM3, Granite and their like do"
+        )
+    model.tie_weights()  # before sharding, or the pair is seen as two parameters
+    logprobs.add_seam(model, cfg.logprobs)
+    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
+    if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
+        initialise(model, seed, device)
+    else:
+        read_weights(model, folder, device)
+    tied = model.config.get_text_config().tie_word_embeddings
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied, "tied embeddings came apart"
+    return model.train()
+
+
+def check_vocabulary(model, largest_id):
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise ValueError(
+            f"data.train has token {largest_id}, but the model's embedding has {rows} rows: is the tokenizer of another model in its folder?"
+        )
+
+
+def weight_files(folder):
+    """The safetensors files of a Hugging Face folder, by its index where it has one."""
+    index = Path(folder, "model.safetensors.index.json")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    missing = [n for n in names if not Path(folder, n).exists()]
+    if missing:
+        raise ValueError(
+            f"model.model_name_or_path: {folder} lacks {missing[0]}; weights must be safetensors (a folder of .bin or .pt files is "
+            "converted by loading it with transformers and calling save_pretrained)"
+        )
+    return [str(Path(folder, n)) for n in names]
+
+
+def read_weights(model, folder, device):
+    """Fill a sharded meta model from safetensors through transformers' loader, which reads only this rank's slices of each tensor."""
+    config = LoadStateDictConfig(
+        pretrained_model_name_or_path=str(folder),
+        dtype=torch.float32,
+        dtype_plan=model._get_dtype_plan(torch.float32),
+        weight_mapping=get_model_conversion_mapping(model, None, None),
+        device_map={"": device},
+    )
+    report, _ = model._load_pretrained_model(model, None, weight_files(folder), config)
+    report = model._finalize_model_loading(model, config, report)  # ties again, makes the buffers that no file holds
+    wrong = {k: sorted(map(str, getattr(report, k))) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        what = "; ".join(f"{len(v)} {k.replace('_', ' ')}, the first {v[0]}" for k, v in wrong.items() if v)
+        raise ValueError(f"model.model_name_or_path: the weights of {folder} do not fit its config.json: {what}")
+
+
+@torch.no_grad()
+def initialise(model, seed, device):
+    """Random weights by the model's own scheme, the same for every number of ranks.
+
+    Each module's tensors are drawn whole on the CPU from a stream keyed by (seed, module name), and each rank keeps its slice.
+    """
+    for name, module in model.named_modules():
+        parameters = {k: p for k, p in module._parameters.items() if p is not None}
+        buffers = {k: b for k, b in module._buffers.items() if b is not None}
+        if not parameters and not buffers:
+            continue
+        for key, p in parameters.items():
+            module._parameters[key] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
+        for key, b in buffers.items():
+            module._buffers[key] = torch.empty(b.shape, dtype=b.dtype)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
+        model._init_weights(module)
+        for key, p in parameters.items():
+            whole = module._parameters[key].data.to(device)
+            sliced = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # sliced here: no communication
+            module._parameters[key] = nn.Parameter(sliced, requires_grad=p.requires_grad)
+        for key in buffers:
+            module._buffers[key] = module._buffers[key].to(device)
+    model.tie_weights()
+
+
+def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2**30):
+    """Write a Hugging Face folder that plain `from_pretrained` loads; every rank calls it, rank 0 writes.
+
+    Tensors are gathered one decoder layer at a time, already in `dtype` (default: the dtype that the model's config declares), so rank 0
+    holds one file's worth. The folder appears whole, by one rename.
+    """
+    folder, dtype = Path(folder), dtype or model.config.dtype or torch.float32
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    files, pending, size, total = {}, {}, 0, 0
+    for unit in (*units(model), None):
+        tensors = gather(unit, dtype) if unit else {}
+        if dist.get_rank() != 0:
+            continue
+        tensors = revert_weight_conversion(model, tensors) if tensors else {}  # e.g. fused experts back to one key each
+        grown = sum(t.nbytes for t in tensors.values())
+        if pending and (unit is None or size + grown > max_shard_bytes):
+            name = f"part-{len(set(files.values())):05d}.safetensors"
+            save_file(pending, temporary / name, metadata={"format": "pt"})
+            files |= dict.fromkeys(pending, name)
+            pending, size = {}, 0
+        pending |= tensors
+        size, total = size + grown, total + grown
+    if dist.get_rank() == 0:
+        name_shards(temporary, files, total)
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
+        config.save_pretrained(temporary)
+        with contextlib.suppress(OSError, AttributeError):
+            (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        publish(temporary, folder)
+    dist.barrier()
+
+
+def units(model):
+    """The state dict cut into {name: tensor}s of one decoder layer, or of one tensor outside the layers; a tied head is left out."""
+    groups = {}
+    for name, tensor in model.state_dict().items():
+        if name not in model.all_tied_weights_keys:
+            layer = re.match(r".*?\.\d+\.", name)
+            groups.setdefault(layer.group() if layer else name, {})[name] = tensor
+    return list(groups.values())
+
+
+def gather(unit, dtype):
+    """Whole tensors on the CPU; floating-point ones are cast before they travel."""
+    out = {}
+    for name, tensor in unit.items():
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            out[name] = tensor.cpu().contiguous()
+    return out
+
+
+def name_shards(folder, files, total):
+    """Give the written parts the names that transformers looks for, and an index where there are several."""
+    parts = sorted(set(files.values()))
+    final = {p: f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i, p in enumerate(parts)}
+    if len(parts) == 1:
+        final = {parts[0]: "model.safetensors"}
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": {k: final[p] for k, p in sorted(files.items())}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for old, new in final.items():
+        os.rename(folder / old, folder / new)
+
+
+def publish(temporary, folder):
+    """Put a finished folder in its place; one that stands there already is removed only then."""
+    old = folder.with_name(f".old-{folder.name}")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)

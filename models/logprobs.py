@@ -1,0 +1,176 @@
+"""The seam: a model and a batch of rows in, per-token log-probs out, float32 and aligned with `input_ids`.
+
+Below it, rows are packed end to end (no padding is computed), the head runs only where a target follows, and the table of
+(tokens x vocabulary) is made slice by slice, in the forward pass and again in the backward pass, so it never exists whole.
+"""
+
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SLICE = 2**26  # elements of one slice of (tokens x vocabulary): 256 MiB in float32
+BYPRODUCTS = ("entropy", "is_top1")
+
+
+def token_logps(model, batch, byproducts=(), temperature=1.0):
+    """Log-probs of the batch's targets, nats: `out["logps"]` (R, T) float32 with a graph, 0 where nothing is scored.
+
+    batch: `input_ids` (R, T) int64, `attention_mask` (R, T) bool right-padded, `loss_mask` or the wider `score_mask` (R, T) bool,
+    all on the CPU, so that shapes are known without waiting for the device. byproducts, each (R, T) float32 without a graph:
+    `entropy` of the predicted distribution (nats), `is_top1` (1 where the target is the likeliest token).
+    """
+    packed, (rows, columns) = pack(batch)
+    device = model.lm_head.weight.device
+    packed = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
+    values = model.score(**packed, byproducts=tuple(byproducts), temperature=temperature)
+    where = (rows.to(device), columns.to(device))
+    blank = torch.zeros(batch["input_ids"].shape, device=device)  # (R, T)
+    return {name: blank.index_put(where, v) for name, v in values.items()}
+
+
+def pack(batch):
+    """Rows end to end, and where their targets are: ((1, N) tensors and row bounds for the model), ((M,) rows, (M,) columns)."""
+    real, scored = batch["attention_mask"], batch.get("score_mask", batch["loss_mask"])  # (R, T)
+    lengths = real.sum(-1)  # (R,)
+    ends = lengths.cumsum(0)  # (R,)
+    rows, columns = scored.nonzero(as_tuple=True)  # (M,)
+    packed = {
+        "input_ids": batch["input_ids"][real][None],  # (1, N)
+        "position_ids": torch.arange(real.shape[1]).expand_as(real)[real][None],  # (1, N), from 0 in each row
+        "predictors": (ends - lengths)[rows] + columns - 1,  # (M,): the shift by one, here and nowhere else
+        "labels": batch["input_ids"][rows, columns],  # (M,)
+        "row_lengths": lengths.tolist(),
+        "cu_seq_lens_q": F.pad(ends, (1, 0)).int(),  # (R + 1,)
+        "max_length_q": int(lengths.max()),
+    }
+    return packed | {"cu_seq_lens_k": packed["cu_seq_lens_q"], "max_length_k": packed["max_length_q"]}, (rows, columns)
+
+
+def add_seam(model, implementation):
+    """Give the model a `score` method and a head that can return log-probs.
+
+    The head keeps its weight and its class's behaviour; called with labels it scores inside its own forward, so its weight is whole
+    there under FSDP, in the root's group and in one of its own.
+    """
+    head = model.get_output_embeddings()
+    if head is None or type(head) is not nn.Linear or head is not getattr(model, "lm_head", None):
+        raise ValueError(f"{type(model).__name__}: expected a causal language model whose head is a linear layer named lm_head")
+    head.__class__ = ScoringHead
+    cfg = model.config
+    head.logit_scale = getattr(cfg, "logit_scale", None) or 1.0  # Cohere
+    head.logit_scale *= getattr(cfg, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    head.logit_scale /= getattr(cfg, "logits_scaling", None) or 1.0  # Granite
+    head.softcap = getattr(cfg, "final_logit_softcapping", None)  # Gemma
+    head.score_with = {"chunked": chunked, "eager": eager}[implementation]
+    model.score = MethodType(score, model)
+
+
+def score(self, input_ids, position_ids, predictors, labels, byproducts, temperature, **rows):
+    """The model's forward pass as the seam needs it: backbone over N packed tokens, head over M of them. Returns (M,) tensors."""
+    # use_cache and a mask would both make transformers forget that position_ids restart
+    hidden = self.base_model(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **rows
+    ).last_hidden_state[0]  # (N, H)
+    return self.lm_head(hidden[predictors], labels, byproducts, temperature)
+
+
+class ScoringHead(nn.Linear):
+    """A linear head that returns logits, or the log-probs of given labels."""
+
+    def forward(self, hidden, labels=None, byproducts=(), temperature=1.0):
+        if labels is None:
+            return super().forward(hidden)
+        scale = self.logit_scale
+        return self.score_with(hidden, self.weight, self.bias, labels, (scale, self.softcap, temperature), byproducts)
+
+
+def logits(hidden, weight, bias, transform):
+    """float32 logits (M, V) of hidden states (M, H); transform: (scale, softcap or None, temperature)."""
+    scale, softcap, temperature = transform
+    if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
+        z = torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # the product's sums leave the matrix unit unrounded
+    else:
+        z = (hidden @ weight.t()).float()
+    if bias is not None:
+        z += bias
+    if scale != 1.0:
+        z = z * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z if temperature == 1.0 else z / temperature
+
+
+def eager(hidden, weight, bias, labels, transform, byproducts):
+    """Log-probs (M,) by plain autograd, with the whole (M, V) table in memory: the reference for `chunked`."""
+    z = logits(hidden, weight, bias, transform)  # (M, V)
+    out = {"logps": z.log_softmax(-1).gather(-1, labels[:, None])[:, 0]}
+    if byproducts:
+        with torch.no_grad():
+            z, lse = z.detach(), z.detach().logsumexp(-1)
+            out |= byproducts_of(z, lse, labels, byproducts)
+    return out
+
+
+def chunked(hidden, weight, bias, labels, transform, byproducts):
+    """Log-probs (M,) slice by slice, each slice recomputed in the backward pass."""
+    values = Chunked.apply(hidden, weight, bias, labels, transform, byproducts)
+    return dict(zip(("logps", *byproducts), values))
+
+
+def byproducts_of(z, lse, labels, names):
+    """What metrics want of a slice of logits z (m, V) with its log-sum-exp (m,); each (m,) float32."""
+    out = {}
+    if "entropy" in names:
+        p = (z - lse[:, None]).exp_()  # (m, V)
+        out["entropy"] = lse - torch.einsum("mv,mv->m", p, z)
+    if "is_top1" in names:
+        out["is_top1"] = (z.argmax(-1) == labels).float()
+    return out
+
+
+class Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, transform, byproducts):
+        values = {name: torch.empty(len(labels), device=hidden.device) for name in ("logps", *byproducts)}  # (M,) each
+        lse = torch.empty(len(labels), device=hidden.device)  # (M,)
+        for part in slices(len(labels), weight.shape[0]):
+            z = logits(hidden[part], weight, bias, transform)  # (m, V)
+            lse[part] = z.logsumexp(-1)
+            values["logps"][part] = z.gather(-1, labels[part, None])[:, 0] - lse[part]
+            for name, value in byproducts_of(z, lse[part], labels[part], byproducts).items():
+                values[name][part] = value
+        ctx.save_for_backward(hidden, weight, bias, labels, lse)
+        ctx.transform = transform
+        ctx.mark_non_differentiable(*(values[name] for name in byproducts))
+        return tuple(values.values())
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, weight, bias, labels, lse = ctx.saved_tensors
+        scale, softcap, temperature = ctx.transform
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if want_hidden else None  # (M, H)
+        d_weight = torch.zeros(weight.shape, device=weight.device) if want_weight else None  # (V, H) float32
+        d_bias = torch.zeros(bias.shape, device=bias.device) if want_bias else None  # (V,) float32
+        for part in slices(len(labels), weight.shape[0]):
+            z = logits(hidden[part], weight, bias, ctx.transform)  # (m, V)
+            slope = None if softcap is None else 1 - (z * temperature / softcap) ** 2  # of the soft cap
+            dz = z.sub_(lse[part, None]).exp_().mul_(-grad[part, None])  # d log p_y / d z_v = [v = y] - p_v
+            dz.scatter_add_(-1, labels[part, None], grad[part, None])
+            if slope is not None:
+                dz.mul_(slope)
+            dz = dz.mul_(scale / temperature).to(hidden.dtype)  # (m, V)
+            if want_hidden:
+                d_hidden[part] = dz @ weight
+            if want_weight:
+                d_weight += dz.t() @ hidden[part]
+            if want_bias:
+                d_bias += dz.sum(0)
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+def slices(count, vocabulary):
+    size = max(1, SLICE // vocabulary)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -1,0 +1,84 @@
+"""Ranks, the device mesh and FSDP2: how one model is spread over any number of GPUs (or CPU processes)."""
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+
+def start_ranks(timeout_seconds):
+    """Join the process group that torchrun describes, or make one of a single rank; returns this rank's device."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
+    return device
+
+
+def make_mesh(device, replicas):
+    """The mesh of all ranks: one axis, or with `replicas` above 1 (HSDP) a (replicate, shard) pair."""
+    world = dist.get_world_size()
+    if world % replicas:
+        raise ValueError(f"fsdp.replicas: {replicas} does not divide the {world} ranks of this run")
+    if replicas == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def compute_dtype(name, device):
+    """The dtype of the layers' arithmetic for the config's `model.dtype`."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def shard(model, mesh, dtype, reshard_after_forward):
+    """`fully_shard` the layers, then the ends, then the root; works on the meta device and moves nothing.
+
+    Parameters keep their own dtype (float32 masters); with `dtype` bfloat16 the layers compute in it and gradients are reduced in float32.
+    """
+    policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    groups = [(layer, reshard_after_forward) for layer in decoder_layers(model)]
+    embed, head = model.get_input_embeddings(), model.lm_head
+    if head.weight is not embed.weight:  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
+        groups += [(embed, reshard_after_forward), (head, False)]  # the backward pass begins with the head
+    for module, reshard in (*groups, (model, False)):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        module.reshards = reshard
+    register_fsdp_forward_method(model, "score")
+
+
+def decoder_layers(model) -> list[nn.Module]:
+    """The repeated blocks, by transformers' own list of modules that must not be split."""
+    names = set(model._no_split_modules or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} names no layers that may be sharded one by one (_no_split_modules)")
+    return layers
+
+
+@contextmanager
+def gathered(model):
+    """Inside, every rank holds the whole model in its compute dtype and no forward pass communicates: ranks may differ in work."""
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    training = model.training
+    model.eval()
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part.reshards, recurse=False)
+            part.reshard()
+        model.train(training)

@@ -1,0 +1,109 @@
+"""Generators that yield what one optimizer step trains on: this rank's micro-batches.
+
+A step has the same examples on any hardware. They are dealt over ranks and micro-batches so that no micro-batch exceeds
+`train.micro_batch_tokens` and the work of the ranks is even; every rank gets the same number of micro-batches, some perhaps empty.
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Step(NamedTuple):
+    micro_batches: list[dict]
+    """Batches of rows, on the CPU. One that carries `placeholder` keeps this rank in step with the others and weighs nothing."""
+    metrics: dict
+    """What the source itself knows of the step, equal on all ranks."""
+
+
+def steps_in(examples, train):
+    """Optimizer steps of the run; the last step of an epoch may be short, none reaches across epochs."""
+    if train.max_steps is not None:
+        return train.max_steps
+    return math.ceil(train.num_train_epochs * math.ceil(examples / train.global_batch_size))
+
+
+def examples_of(step, examples, batch_size, seed):
+    """Indices of the examples of step `step` (from 1): a pure function, so a resumed run neither repeats nor skips."""
+    per_epoch = math.ceil(examples / batch_size)
+    epoch, within = divmod(step - 1, per_epoch)
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed + epoch))  # TRL's order for the same seed
+    return order[within * batch_size : (within + 1) * batch_size].tolist()
+
+
+def offline_steps(rows, train, seed, first, rank, ranks, quadratic):
+    """Endless steps over fixed rows, from step `first` on."""
+    step = first
+    while True:
+        chosen = examples_of(step, len(rows), train.global_batch_size, seed)
+        yield Step(micro_batches(rows, chosen, train.micro_batch_tokens, rank, ranks, quadratic), {"rows": fingerprint(chosen)})
+        step += 1
+
+
+def micro_batches(rows, chosen, budget, rank, ranks, quadratic):
+    """This rank's share of the examples `chosen`, as batches."""
+    k = rows.rows_per_example
+    lengths = [int(rows.lengths[i * k : i * k + k].sum()) for i in chosen]
+    work = [int((n + quadratic * n * n).sum()) for n in (rows.lengths[i * k : i * k + k].double() for i in chosen)]
+    return [collate(rows, [chosen[j] for j in bin]) for bin in deal(lengths, work, budget, ranks)[rank]]
+
+
+def deal(lengths, work, budget, ranks):
+    """Bins of positions: `deal(...)[rank][i]` lists what rank `rank` computes in its i-th micro-batch; all ranks have equally many.
+
+    Heaviest first, each to the least loaded bin that has room; the fewest bins with which that succeeds.
+    """
+    if max(lengths) > budget:
+        raise ValueError(f"train.micro_batch_tokens: {budget} is less than the {max(lengths)} tokens of one example")
+    heaviest_first = sorted(range(len(lengths)), key=lambda j: (-work[j], j))
+    count = math.ceil(sum(lengths) / (budget * ranks))
+    while (bins := fill(lengths, work, budget, count * ranks, heaviest_first)) is None:
+        count += 1
+    bins.sort(key=lambda b: (-sum(work[j] for j in b), b))
+    rounds = [bins[i : i + ranks] for i in range(0, len(bins), ranks)]  # micro-batches of one round weigh about the same
+    return [[sorted(r[rank if i % 2 == 0 else ranks - 1 - rank]) for i, r in enumerate(rounds)] for rank in range(ranks)]
+
+
+def fill(lengths, work, budget, count, order):
+    bins, tokens, load = [[] for _ in range(count)], [0] * count, [0] * count
+    for j in order:
+        room = [b for b in range(count) if tokens[b] + lengths[j] <= budget]
+        if not room:
+            return None
+        b = min(room, key=load.__getitem__)
+        bins[b].append(j)
+        tokens[b] += lengths[j]
+        load[b] += work[j]
+    return bins
+
+
+def collate(rows, chosen):
+    """A batch of the examples `chosen`, right-padded; of none, a placeholder with every key that a real batch has."""
+    k = rows.rows_per_example
+    index = [i * k + j for i in chosen or [0] for j in range(k)]
+    ids, masks = zip(*(rows.row(i) for i in index))
+    batch = {
+        "input_ids": pad_sequence(ids, batch_first=True),  # (R, T)
+        "attention_mask": pad_sequence([torch.ones_like(m) for m in masks], batch_first=True),  # (R, T)
+        "loss_mask": pad_sequence(masks, batch_first=True),  # (R, T)
+    } | {name: column[index] for name, column in rows.columns.items()}
+    if not chosen:
+        batch = {name: t[:, :2] if t.ndim == 2 else t for name, t in batch.items()}
+        batch |= {"loss_mask": torch.zeros_like(batch["loss_mask"]), "placeholder": torch.tensor(True)}
+    return batch
+
+
+def fingerprint(chosen):
+    """Eight hex digits that tell one step's examples from another's."""
+    return f"{zlib.crc32(','.join(map(str, chosen)).encode()):08x}"
+
+
+def attention_share(config, parameters):
+    """Work of attention per token and token of context, relative to the rest's per token: the coefficient of length squared."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers * heads * width / parameters

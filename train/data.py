@@ -1,0 +1,550 @@
+"""Files or hub datasets -> tokenised rows with masks; the row kinds; one decoded example shown.
+
+Ids and masks are those of TRL 1.16's SFTTrainer. Where we depart from it:
+- a malformed row is refused or counted with its file and line; TRL crashes later, or trains on what the template makes of it;
+- `assistant_only_loss` needs no `{% generation %}` in the chat template: without it, a turn is what the template writes between
+  `messages[:i]` with the generation prompt and `messages[:i + 1]`. TRL swaps in a template of its own, or raises. The masks are
+  equal for llama3, qwen3 and most others; TRL's own qwen2_5 template also trains the newline that ends the generation prompt;
+- a template that rewrites earlier turns is refused under `assistant_only_loss`; TRL trains on its own template's text instead;
+- a character that ends an assistant turn and is cut into several tokens is trained whole, TRL trains the first of them;
+- `completion_only_loss: true` on rows without a prompt is an error, TRL ignores it;
+- a row whose only trained token is its first one is dropped: nothing comes before it, so no loss is ever computed there.
+
+A new kind of rows is one entry in `KINDS` and one reader: `(row, form, cfg, tokenizer) -> ([Text, ...], {extra column: number})`.
+"""
+
+import codecs
+import difflib
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from train import config
+
+CHUNK = 1000  # examples tokenised at once: enough to keep a fast tokenizer's threads busy
+AFTER = {  # role: what may come before it; None is the start
+    "system": {None},
+    "developer": {None, "system"},
+    "user": {None, "system", "developer", "assistant", "tool"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+SYNONYMS = {
+    "prompt": ("question", "instruction", "input", "query", "problem"),
+    "completion": ("answer", "output", "response", "solution", "target"),
+    "messages": ("conversations", "conversation", "chat", "dialogue", "dialog"),
+    "text": ("content", "document", "body", "story"),
+}
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GAP = re.compile(r"[\s,]*")
+
+
+class BadRow(ValueError):
+    """One malformed row. `reason` is what it is counted under; the message adds what was got, expected, and the cure."""
+
+    def __init__(self, reason: str, got: object, expected: str, cure: str = ""):
+        self.reason = reason
+        super().__init__(f"{reason} (got {got}, expected {expected}{'; ' + cure if cure else ''})")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Tokenised rows end to end: R rows, N tokens. For pairs rows alternate chosen, rejected."""
+
+    input_ids: Tensor  # (N,) int32
+    loss_mask: Tensor  # (N,) bool; never True at the first token of a row
+    offsets: Tensor  # (R + 1,) int64
+    rows_per_example: int  # 1; 2 for pairs
+    columns: dict[str, Tensor]  # extras of each row, (R,)
+    report: dict  # what was kept, truncated, dropped and why; JSON-able
+    fingerprint: str  # sha256 over all tensors: changes if and only if what is trained on changes
+
+    def __len__(self) -> int:
+        """Number of examples: rows, or pairs of them."""
+        return (len(self.offsets) - 1) // self.rows_per_example
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(R,) int64, tokens of each row."""
+        return self.offsets.diff()
+
+    def row(self, i: int) -> tuple[Tensor, Tensor]:
+        """Ids (T,) int64 and loss mask (T,) bool of row i; IndexError where there is none."""
+        if not 0 <= i < len(self.offsets) - 1:
+            raise IndexError(f"row {i} of {len(self.offsets) - 1}")
+        cut = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        return self.input_ids[cut].long(), self.loss_mask[cut]
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, whole or not there."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        head = {"report": json.dumps(self.report), "per_example": str(self.rows_per_example), "fingerprint": self.fingerprint}
+        save_file(_tensors(self.input_ids, self.loss_mask, self.offsets, self.columns), temporary, metadata=head)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Rows":
+        """What `save` wrote. ValueError: the file is another one, or the tensors are not those that were saved."""
+        with safe_open(path, "pt") as file:
+            head = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not head.keys() >= {"report", "per_example", "fingerprint"}:
+            raise ValueError(f"{path}: not a file of prepared rows (its metadata has {', '.join(head) or 'nothing'}); delete it")
+        per_example, fingerprint = int(head["per_example"]), head["fingerprint"]
+        if _fingerprint(tensors, per_example) != fingerprint:
+            raise ValueError(f"{path}: the tensors do not match their fingerprint, the file is damaged; delete it")
+        main = [tensors.pop(name) for name in ("input_ids", "loss_mask", "offsets")]
+        columns = {name.removeprefix("columns."): tensor for name, tensor in tensors.items()}
+        return cls(*main, per_example, columns, json.loads(head["report"]), fingerprint)
+
+
+def _tensors(input_ids: Tensor, loss_mask: Tensor, offsets: Tensor, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    extras = {f"columns.{name}": tensor for name, tensor in columns.items()}
+    return {"input_ids": input_ids, "loss_mask": loss_mask, "offsets": offsets, **extras}
+
+
+def _fingerprint(tensors: dict[str, Tensor], rows_per_example: int) -> str:
+    digest = hashlib.sha256(str(rows_per_example).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f" {name} {tensor.dtype} {len(tensor)} ".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------------------
+
+
+def read(source: str, split: str = "train", config: str | None = None, columns: dict[str, str] | None = None) -> Iterator:
+    """Yields (where, row): where is "file.jsonl:LINE", "file.parquet:ROW" or "name[split]:ROW", row a dict, or the BadRow that
+    says why it is none. `columns` renames, new name to the file's. ValueError: nothing to read, or the first row lacks a column
+    that `columns` names."""
+    first = True
+    for where, row in _source(source, split, config):
+        if isinstance(row, dict):
+            absent = [old for old in (columns or {}).values() if old not in row]
+            if first and absent:
+                raise ValueError(f"{where}: data.columns renames {', '.join(absent)}, but the row has columns {', '.join(row)}")
+            if columns:
+                kept = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
+                row = kept | {new: row[old] for new, old in columns.items() if old in row}
+            first = False
+        yield where, row
+    if first:
+        raise ValueError(f"{source}: no row could be read (is it empty?)")
+
+
+def _source(source: str, split: str, config: str | None) -> Iterator:
+    path, name = Path(source).expanduser(), f"{source}[{split}]"
+    if source.startswith("builtin:"):
+        from train.toy import dataset
+
+        rows = dataset(source.removeprefix("builtin:"), split)
+    elif path.is_file():
+        if path.suffix in (".jsonl", ".json"):
+            yield from (_json_lines if path.suffix == ".jsonl" else _json_file)(path, source)
+            return
+        if path.suffix != ".parquet":
+            raise ValueError(f"{source}: cannot read a {path.suffix or 'suffix-less'} file; expected .jsonl, .json or .parquet")
+        rows, name = datasets.Dataset.from_parquet(str(path)), source
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        rows = datasets.load_from_disk(str(path))
+        if isinstance(rows, datasets.DatasetDict) and split not in rows:
+            raise ValueError(f"{source}: no split {split!r}; it has {', '.join(rows)}")
+        rows, name = (rows[split], name) if isinstance(rows, datasets.DatasetDict) else (rows, source)
+    elif not path.exists() and _looks_like_path(source):
+        raise ValueError(f"{source}: {_nearest(path)}")
+    else:
+        try:
+            rows = datasets.load_dataset(source, config, split=split)
+        except Exception as error:  # dozens of types, from network to parsing: all mean that the name, split or config is wrong
+            what = "folder" if path.is_dir() else "no such file or folder, and the hub dataset"
+            raise ValueError(f"{source}: {what} cannot be loaded with config {config}, split {split}: {error}") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{name}:{number}", row
+
+
+def _looks_like_path(source: str) -> bool:
+    suffix = re.search(r"\.[A-Za-z]\w*$", source)  # not the .0 of org/name-v1.0
+    return bool(suffix) or source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"no such file, and no folder {path.parent}"
+    names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1, 0)
+    return "no such file" + (f"; the nearest name in {path.parent} is {names[0]}" if names else f"; {path.parent} is empty")
+
+
+def _json_lines(path: Path, source: str) -> Iterator:
+    with open(path, "rb") as file:  # bytes: only \n ends a line, and a bad byte has a line number
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield f"{source}:{number}", _decode(line.strip())[0]
+
+
+def _json_file(path: Path, source: str) -> Iterator:
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not data.lstrip().startswith(b"["):
+        yield from _json_lines(path, source)
+        return
+    try:
+        text = data.decode()
+        json.loads(text)  # from here on, the commas are known to be in place
+    except (ValueError, RecursionError) as error:
+        line = data.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        raise ValueError(f"{source}:{getattr(error, 'lineno', line)}: broken JSON ({error}); expected a list of objects") from None
+    line, last, position = 1, 0, text.index("[") + 1
+    while text[position := GAP.match(text, position).end()] != "]":
+        line, last = line + text.count("\n", last, position), position
+        row, position = _decode(text, position)
+        yield f"{source}:{line}", row
+
+
+def _decode(text: str | bytes, position: int = 0) -> tuple[dict | BadRow, int]:
+    """The object at `position` (for bytes: it must be all there is), or the BadRow that says why there is none, and its end."""
+    repeated = []
+
+    def pairs(items):
+        if len(row := dict(items)) < len(items):
+            repeated.append(next(key for key, count in Counter(key for key, _ in items).items() if count > 1))
+        return row
+
+    try:
+        line = text.decode() if isinstance(text, bytes) else text
+        row, end = json.JSONDecoder(object_pairs_hook=pairs).raw_decode(line, position)
+    except UnicodeDecodeError as error:
+        return BadRow("not UTF-8", f"byte {error.object[error.start]:#04x} at {error.start + 1}", "UTF-8 text"), 0
+    except (ValueError, RecursionError) as error:
+        return BadRow("broken JSON", error, "one JSON object on a line"), 0
+    if isinstance(text, bytes) and line[end:].strip():
+        return BadRow("broken JSON", f"{_short(line[end:])} after the object", "one JSON object on a line"), end
+    if not isinstance(row, dict):
+        return BadRow("not an object", _short(row), 'a JSON object such as {"text": ...}'), end
+    if repeated:
+        return BadRow("duplicate key", f"{repeated[0]!r} twice in one object", "each key once"), end
+    return row, end
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+# ---- rows to text ------------------------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """What becomes one row."""
+
+    full: str
+    prompt: str | None = None  # how `full` begins; what it shares with it is not trained
+    spans: list[tuple[int, int]] | None = None  # characters of `full`: nothing else is trained
+
+
+class Form(NamedTuple):
+    """What the first row says of all rows."""
+
+    columns: tuple[str, ...]
+    conversational: bool
+
+
+def _form(row: dict, kind: "Kind", cfg: config.Data, tokenizer) -> Form:
+    """ValueError (not BadRow) where no row of this data can be trained on."""
+    columns = next((names for names in kind.forms if all(name in row for name in names)), None)
+    if columns is None:
+        raise ValueError(str(_missing(row, kind.forms)))
+    if not isinstance(row[columns[0]], str | list):
+        raise BadRow("not a string", f"{_short(row[columns[0]])} in {columns[0]}", "text or a list of messages")
+    chat, name = isinstance(row[columns[0]], list), tokenizer.name_or_path
+    if chat and not tokenizer.chat_template:
+        raise ValueError(f"rows are conversations, but the tokenizer {name!r} has no chat template; give it one")
+    if not chat and not tokenizer.eos_token:
+        raise ValueError(f"the tokenizer {name!r} has no eos_token to end a text with; set one")
+    if cfg.assistant_only_loss and not chat:
+        raise ValueError(f"data.assistant_only_loss: true needs conversations (got text in {columns[0]}); set it to false")
+    if cfg.assistant_only_loss and not tokenizer.is_fast:
+        raise ValueError(f"data.assistant_only_loss: true needs a fast tokenizer (got {type(tokenizer).__name__} of {name!r})")
+    if cfg.completion_only_loss and "completion" not in columns:
+        raise ValueError(f"data.completion_only_loss: true needs prompt and completion (got {columns[0]}); set it to null")
+    return Form(columns, chat)
+
+
+def _missing(row: dict, forms: tuple[tuple[str, ...], ...]) -> BadRow:
+    """What the row has, what it should have, and the `data.columns` that would do, as far as that can be guessed."""
+    guesses = ({new: next((old for old in (new, *SYNONYMS.get(new, ())) if old in row), None) for new in names} for names in forms)
+    guess = next((guess for guess in guesses if None not in guess.values()), {"prompt": "NAME", "completion": "NAME"})
+    renames = ", ".join(f"{new}: {old}" for new, old in guess.items() if new != old)
+    cure = f"data.columns: {{{renames}}} renames them" if renames else ""
+    return BadRow("missing column", f"columns {', '.join(row)}", " or ".join(" and ".join(names) for names in forms), cure)
+
+
+def completions(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[list[Text], dict]:
+    """SFT: prompt and completion, messages, text, or conversations with from/value."""
+    if not all(name in row for name in form.columns):
+        raise _missing(row, (form.columns,))
+    values = [row[name] for name in form.columns]
+    for name, value in zip(form.columns, values):
+        if not isinstance(value, list if form.conversational else str):
+            reason = "not a list of messages" if form.conversational else "not a string"
+            raise BadRow(reason, f"{_short(value)} in {name}", "what the first row has")
+        if not (value if form.conversational else value.strip()):
+            raise BadRow("empty completion" if name == "completion" else "empty content", f"{value!r} in {name}", "some text")
+    both = len(values) == 2
+    if form.conversational:
+        messages = values[0] + values[1] if both else values[0]
+        return [_chat(row, messages, len(values[0]) if both else 0, cfg, tokenizer)], {}
+    full = "".join(values)
+    full = full if values[-1].endswith(tokenizer.eos_token) else full + tokenizer.eos_token
+    return [Text(full, values[0] if both and cfg.completion_only_loss is not False else None)], {}
+
+
+def _chat(row: dict, messages: list, prompt_turns: int, cfg: config.Data, tokenizer) -> Text:
+    """The first `prompt_turns` messages are the prompt; with 0 there is none."""
+    messages, spans = _messages(messages), None
+    if not any(message["role"] == "assistant" for message in messages[prompt_turns:]):
+        raise BadRow("only a prompt", ", ".join(message["role"] for message in messages), "an assistant message after the prompt")
+    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+
+        def render(turns, **more):
+            return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **more, **options)
+
+        full = render(messages)
+        masked = prompt_turns and cfg.completion_only_loss is not False
+        prompt = render(messages[:prompt_turns], add_generation_prompt=True) if masked else None
+        template = tokenizer.get_chat_template(tools=tools)
+        if cfg.assistant_only_loss and GENERATION.search(template):
+            names = {"chat_template": template, **tokenizer.special_tokens_map, **options}
+            spans = render_jinja_template([messages], tools=tools, return_assistant_tokens_mask=True, **names)[1][0]
+        elif cfg.assistant_only_loss:
+            spans = _prefix_spans(messages, full, render, tokenizer)
+    except BadRow:
+        raise
+    except Exception as error:  # a template can raise anything on a row that it does not like
+        expected = "messages, tools (a list, or JSON) and chat_template_kwargs that it can render"
+        raise BadRow("chat template failed", f"{type(error).__name__}: {error}", expected) from error
+    if spans is not None and not any(start < end for start, end in spans):
+        raise BadRow("no assistant text", "nothing inside {% generation %}", "assistant text there", "mend the chat template")
+    return Text(full, prompt, spans)
+
+
+def _messages(messages: list) -> list[dict]:
+    """The messages without their null fields, which templates would render as text. BadRow: what no template should be given."""
+    cleaned, previous = [], None
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise BadRow("not a message", f"{_short(message)} as message {number}", "an object with role and content")
+        message = {key: value for key, value in message.items() if value is not None}
+        if "from" in message and "role" not in message:
+            message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
+        role, content = message.get("role"), message.get("content")
+        keys = f"{', '.join(message) or 'nothing'} in message {number}"
+        if role is None:
+            raise BadRow("message without role", keys, "role and content")
+        if not isinstance(role, str) or role not in AFTER:
+            cure = "rename it in the file: human is user, gpt and model are assistant"
+            raise BadRow("unknown role", f"{role!r} in message {number}", ", ".join(AFTER), cure)
+        if content is None and not message.get("tool_calls"):
+            raise BadRow("message without content", keys, "role and content")
+        if content is not None and not isinstance(content, str):
+            raise BadRow("not a string", f"{_short(content)} as content of message {number}", "text")
+        if not (content or "").strip() and role != "tool" and not message.get("tool_calls"):
+            raise BadRow("empty content", f"{content!r} in message {number} ({role})", "some text", "leave an empty message out")
+        if previous not in AFTER[role]:
+            got = f"{role} after {previous or 'nothing'} as message {number}"
+            raise BadRow("wrong role order", got, f"{role} after {' or '.join(sorted(map(str, AFTER[role])))}")
+        cleaned.append(message)
+        previous = role
+    return cleaned
+
+
+def _prefix_spans(messages: list[dict], full: str, render: Callable, tokenizer) -> list[tuple[int, int]]:
+    """(start, end) characters of `full` for each assistant turn, what ends the turn included: what the template adds to the
+    messages before it and the generation prompt. BadRow where the template writes earlier turns otherwise once others follow."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = render(messages[:i], add_generation_prompt=True)
+            after = full if i + 1 == len(messages) else render(messages[: i + 1])
+            if not (full.startswith(after) and after.startswith(before)):
+                got = f"the template of {tokenizer.name_or_path!r} changes message {i + 1} of {len(messages)}"
+                cure = "give it {% generation %} marks, or train on prompt and completion with assistant_only_loss: false"
+                raise BadRow("chat template rewrites earlier turns", got, "the same text whatever follows", cure)
+            spans.append((len(before), len(after)))
+    return spans
+
+
+class Kind(NamedTuple):
+    forms: tuple[tuple[str, ...], ...]  # the columns that make a row; the first form that the first row has is taken
+    rows_per_example: int
+    read: Callable
+
+
+KINDS = {"completions": Kind((("prompt", "completion"), ("messages",), ("text",), ("conversations",)), 1, completions)}
+
+
+# ---- text to tokens ----------------------------------------------------------------------------------------------------------
+
+
+class _Store:
+    """Growing token arrays, five bytes a token, and the counts of the report."""
+
+    def __init__(self):
+        self.ids, self.mask, self.offsets, self.columns = array("i"), bytearray(), array("q", [0]), {}
+        self.count = Counter(kept=0, truncated=0, bos_doubled=0, boundary_moved=0)
+        self.dropped, self.first = Counter(), {}
+
+    def drop(self, where: str, reason: str, message: str) -> None:
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, f"{where}: {message}")
+
+
+def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str) -> Rows:
+    """All rows of `source`, tokenised and masked.
+
+    ValueError: a malformed row unless `on_bad_row` is skip, no row left, or a setting that does not fit the rows. Rows whose prompt
+    alone fills `max_length` are no error: they are dropped and counted."""
+    plan, store, form, pending = KINDS[kind], _Store(), None, []
+    for where, row in read(source, split, cfg.config, cfg.columns):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            form = form or _form(row, plan, cfg, tokenizer)
+            texts, extras = plan.read(row, form, cfg, tokenizer)
+            for text in texts:
+                text.full.encode()
+            pending.append((where, texts, extras))
+        except UnicodeEncodeError as error:
+            bad = BadRow("not Unicode text", f"{error.object[error.start]!r}, half a character", "whole characters")
+        except BadRow as error:
+            bad = error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        else:
+            bad = None
+        if bad and cfg.on_bad_row == "error":
+            raise ValueError(f"{where}: {bad}") from bad
+        if bad:
+            store.drop(where, bad.reason, str(bad))
+        if len(pending) == CHUNK:
+            _tokenise(pending, store, form, cfg, tokenizer)
+            pending = []
+    if pending:
+        _tokenise(pending, store, form, cfg, tokenizer)
+    return _rows(source, split, form, plan, store, tokenizer)
+
+
+def _tokenise(examples: list, store: _Store, form: Form, cfg: config.Data, tokenizer) -> None:
+    """Appends the examples to `store`, or counts why not. One call of the tokenizer for the texts, one for the prompts."""
+    texts = [text for _, own, _ in examples for text in own]
+    options = {"add_special_tokens": not form.conversational, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer([text.full for text in texts], return_offsets_mapping=cfg.assistant_only_loss, **options)
+    prompts = [text.prompt for text in texts if text.prompt is not None]
+    prompts = iter(tokenizer(prompts, **options)["input_ids"] if prompts else ())
+    encoded = zip(encoded["input_ids"], encoded["offset_mapping"] if cfg.assistant_only_loss else repeat(()))
+    for where, own, extras in examples:
+        ids, places = zip(*islice(encoded, len(own)))
+        heads = [(next(prompts), full) for text, full in zip(own, ids) if text.prompt is not None]
+        shared = [_common_prefix(head, full) for head, full in heads]
+        start = min(shared, default=0)  # the rows of a pair have one prompt
+        masks = [_mask(text, full, place, start) for text, full, place in zip(own, ids, places)]
+        if not all(mask[: cfg.max_length].any() for mask in masks):
+            reason = "prompt fills max_length" if all(mask.any() for mask in masks) else "no token to train on"
+            store.drop(where, reason, f"{reason} (got {max(map(len, ids))} tokens, max_length {cfg.max_length})")
+            continue
+        for full, mask in zip(ids, masks):
+            store.ids.extend(full[: cfg.max_length])
+            store.mask += mask[: cfg.max_length].tobytes()
+            store.offsets.append(len(store.ids))
+        for name, value in extras.items():
+            store.columns.setdefault(name, []).extend([value] * len(own))
+        store.count["kept"] += 1
+        store.count["truncated"] += any(full != full[: cfg.max_length] for full in ids)
+        store.count["bos_doubled"] += any(full[:2] == [tokenizer.bos_token_id] * 2 for full in ids)
+        store.count["boundary_moved"] += any(n < len(head) for n, (head, _) in zip(shared, heads))
+
+
+def _mask(text: Text, ids: list[int], places: list[tuple[int, int]], start: int) -> np.ndarray:
+    """(T,) bool: tokens that have a character in one of the spans (all tokens without spans), from token `start` on.
+
+    places: (T, 2) first and past-the-last character of each token."""
+    mask = np.full(len(ids), text.spans is None)  # (T,)
+    places = np.asarray(places, dtype=np.int64).reshape(-1, 2)  # (T, 2)
+    for first, end in text.spans or ():
+        mask |= (places[:, 0] < end) & (places[:, 1] > first)
+    mask[: max(start, 1)] = False  # nothing comes before the first token, so it is no target
+    return mask
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    if b[: len(a)] == a:
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _rows(source: str, split: str, form: Form | None, plan: Kind, store: _Store, tokenizer) -> Rows:
+    count, dropped = store.count, sum(store.dropped.values())
+    if not count["kept"]:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in store.dropped.most_common())
+        raise ValueError(f"{source}: all {dropped} rows were dropped: {reasons}; first: {next(iter(store.first.values()))}")
+    ids = torch.frombuffer(store.ids, dtype=torch.int32)  # (N,)
+    mask = torch.frombuffer(store.mask, dtype=torch.bool)  # (N,)
+    offsets = torch.frombuffer(store.offsets, dtype=torch.int64)  # (R + 1,)
+    columns = {name: torch.tensor(values) for name, values in store.columns.items()}  # (R,) each
+    trained_eos = 0 if tokenizer.eos_token_id is None else int((mask & (ids == tokenizer.eos_token_id)).sum())
+    bos, eos, moved = tokenizer.bos_token, tokenizer.eos_token, "rows where the prompt alone is not how the whole begins: its last"
+    warnings = {
+        f"{count['bos_doubled']} rows begin with {bos} twice: the text has one and the tokenizer adds one": count["bos_doubled"],
+        f"{count['boundary_moved']} {moved} tokens are trained on": count["boundary_moved"],
+        f"no row trains {eos}: unless turns end with another token, the model will not learn to stop": not trained_eos,
+    }
+    report = {
+        "source": source,
+        "split": split,
+        "format": f"{' and '.join(form.columns)}, {'conversations' if form.conversational else 'text'}",
+        "rows": count["kept"] + dropped,
+        **count,
+        "dropped": dict(store.dropped),
+        "first_dropped": store.first,
+        "tokens": len(ids),
+        "trained_tokens": int(mask.sum()),
+        "trained_eos": trained_eos,
+        "max_token_id": int(ids.max()),
+        "warnings": [text for text, wanted in warnings.items() if wanted],
+    }
+    fingerprint = _fingerprint(_tensors(ids, mask, offsets, columns), plan.rows_per_example)
+    return Rows(ids, mask, offsets, plan.rows_per_example, columns, report, fingerprint)
+
+
+def show(rows: Rows, tokenizer, i: int = 0, colour: bool = False) -> str:
+    """Example i decoded, special tokens included, trained tokens in [[...]] (or in green)."""
+    left, right = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    lines = []
+    for number in range(i * rows.rows_per_example, (i + 1) * rows.rows_per_example):
+        ids, mask = rows.row(number)
+        edges = (mask[1:] != mask[:-1]).nonzero().flatten() + 1
+        runs = zip(ids.tensor_split(edges), mask.tensor_split(edges))
+        decoded = ((tokenizer.decode(run, skip_special_tokens=False), bool(trained[0])) for run, trained in runs)
+        lines.append("".join(f"{left}{text}{right}" if trained else text for text, trained in decoded))
+    return "\n".join(lines)

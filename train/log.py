@@ -1,0 +1,94 @@
+"""What a run tells: metrics.jsonl and TensorBoard, lines or a progress bar on the console, run_status.json. Rank 0 writes."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SHOWN = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "tokens_per_second")
+
+
+def say(text=""):
+    """A line on the console, from rank 0, without breaking a progress bar."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def write_json(path, value):
+    """A whole JSON file or none."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def write_status(output_dir, state, step, error=None):
+    """run_status.json: scripts read it instead of the exit code, which torchrun turns into 1. state: running, finished, preempted, failed."""
+    if dist.is_initialized() and dist.get_rank() != 0 and error is None:
+        return
+    write_json(Path(output_dir, "run_status.json"), {"state": state, "step": step, "error": error, "time": time.time()})
+
+
+class Log:
+    """The open files of a run's metrics."""
+
+    def __init__(self, output_dir, cfg, first, last):
+        """first: the step that comes next; lines of it and later ones, left by a killed run, are taken out of metrics.jsonl."""
+        self.path, self.every, self.last = Path(output_dir, "metrics.jsonl"), cfg.logging_steps, last
+        self.bar = self.file = self.board = None
+        if dist.get_rank() != 0:
+            return
+        kept = [line for line in complete_lines(self.path) if json.loads(line)["step"] < first]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a")  # noqa: SIM115  open for as long as the run
+        if "tensorboard" in cfg.report_to:
+            self.board = SummaryWriter(str(Path(output_dir, "tensorboard")), purge_step=first)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=last, initial=first - 1, unit="step", dynamic_ncols=True)
+
+    def write(self, step, metrics):
+        """One object of metrics.jsonl, and its numbers to TensorBoard."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.file.flush()
+        self.scalars(step, metrics)
+        if self.bar is not None:
+            self.bar.update(1)
+            self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in SHOWN[:3]}, refresh=False)
+        elif step % self.every == 0 or step == self.last:
+            say(f"step {step}/{self.last}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if k in metrics))
+
+    def scalars(self, step, metrics):
+        for name, value in metrics.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+
+    def samples(self, step, samples):
+        """Generated answers, each a dict of strings: to samples.jsonl and TensorBoard."""
+        if self.file is None or not samples:
+            return
+        with open(self.path.with_name("samples.jsonl"), "a") as f:
+            f.writelines(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
+        if self.board:
+            for i, sample in enumerate(samples[:3]):
+                self.board.add_text(f"samples/{i}", "\n\n".join(f"**{k}**: {v}" for k, v in sample.items()), step)
+
+    def close(self):
+        for part in (self.bar, self.file, self.board):
+            if part is not None:
+                part.close()
+
+
+def complete_lines(path):
+    """Lines of a JSONL file without the half-written last one that a kill may leave."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

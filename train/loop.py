@@ -1,0 +1,153 @@
+"""The loop: one optimizer step after another, for every algorithm.
+
+Counts are summed over all micro-batches and ranks before any loss is computed, so each loss is a sum divided by global totals, and the
+gradients of micro-batches and ranks simply add up. Nothing here knows an algorithm by name.
+"""
+
+import math
+import re
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from models.generate import greedy
+from models.logprobs import token_logps
+
+
+def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num_tokens, max_grad_norm, stopping, report):
+    """Optimizer steps `first` to `last`. Returns "finished", or "preempted" after the step in which `stopping()` was true on any rank.
+
+    source: generator of train.batches.Step. lr: step -> learning rate. num_tokens: seen before `first`. report(step, metrics, preempted):
+    called on every rank after each update, to log, evaluate and save. Raises FloatingPointError before the update where loss or gradient
+    norm is not finite.
+    """
+    device = model.lm_head.weight.device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for step in range(first, last + 1):
+        began = time.perf_counter()
+        micro_batches, known = next(source)
+        waited = time.perf_counter() - began
+        totals = total_counts(algorithm, micro_batches, stopping())
+        preempted = totals.pop("stopping") > 0
+        optimizer.zero_grad()
+        metrics = accumulate(model, algorithm, settings, micro_batches, totals, device, backward=True)
+        norm = get_total_norm([p.grad for p in parameters])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        metrics = summed(metrics, device)
+        metrics["grad_norm"] = float(norm)
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise FloatingPointError(
+                f"step {step}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} are not finite; stopped before the update "
+                f"(rows {known.get('rows')}). Likely causes: a learning rate too high, or broken weights or data"
+            )
+        if max_grad_norm:
+            clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step)
+        optimizer.step()
+        num_tokens += int(totals["all_tokens"])
+        metrics |= {"learning_rate": lr(step), "num_tokens": num_tokens} | known
+        metrics |= speeds(totals["all_tokens"], time.perf_counter() - began, waited, device)
+        report(step, metrics, preempted)
+        if preempted:
+            return "preempted"
+    return "finished"
+
+
+def evaluate(model, algorithm, settings, micro_batches):
+    """The loss and metrics of one pass over micro-batches, as of one step that holds them all."""
+    model.eval()
+    totals = total_counts(algorithm, micro_batches, False)
+    with torch.no_grad():
+        device = model.lm_head.weight.device
+        metrics = summed(accumulate(model, algorithm, settings, micro_batches, totals, device, backward=False), device)
+    model.train()
+    return metrics
+
+
+def total_counts(algorithm, micro_batches, stopping):
+    """What the step's losses divide by, summed over micro-batches and ranks; with it `stopping` and the number of all tokens.
+
+    Raises ValueError where a count is zero: there is nothing to learn from.
+    """
+    mine = {"stopping": float(stopping), "all_tokens": 0.0}
+    for batch in micro_batches:
+        weight = weight_of(batch)
+        mine["all_tokens"] += weight * float(batch["attention_mask"].sum())
+        for name, value in algorithm.counts(batch).items():
+            mine[name] = mine.get(name, 0.0) + weight * float(value)
+    sums = torch.tensor(list(mine.values()), dtype=torch.float64)
+    dist.all_reduce(sums)
+    totals = dict(zip(mine, sums.tolist()))
+    empty = [name for name, value in totals.items() if value == 0 and name != "stopping"]
+    if empty:
+        raise ValueError(f"the step has no {empty[0]}: no token of it is trained (check the masks of data.train and data.max_length)")
+    return totals
+
+
+def accumulate(model, algorithm, settings, micro_batches, totals, device, backward):
+    """This rank's share of the step's loss and metrics (0-d tensors), and of its gradients where `backward`."""
+    ranks, sums = dist.get_world_size(), {}
+    for batch in micro_batches:
+        scored = token_logps(model, batch, algorithm.BYPRODUCTS)
+        on_device = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+        loss, metrics = algorithm.loss(scored.pop("logps"), on_device | scored, totals, settings)
+        weight = weight_of(batch)
+        if backward:
+            (loss * (weight * ranks)).backward()  # FSDP averages over ranks what must be summed
+        for name, value in ({"loss": loss} | metrics).items():
+            sums[name] = sums.get(name, 0) + weight * torch.as_tensor(value, device=device).detach().double()
+    return sums
+
+
+def weight_of(batch):
+    return 0.0 if "placeholder" in batch else 1.0
+
+
+def summed(metrics, device):
+    """Metrics added up over ranks, as floats."""
+    names = sorted(metrics)
+    values = torch.stack([metrics[name] for name in names])
+    dist.all_reduce(values)
+    return dict(zip(names, values.tolist()))
+
+
+def speeds(tokens, seconds, waited, device):
+    """How fast the step was; these numbers of a step, and no others, change from run to run."""
+    speed = {"step_time": seconds, "data_time": waited, "tokens_per_second": tokens / seconds}
+    if device.type == "cuda":
+        speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return speed
+
+
+def answer(model, tokenizer, rows, cfg):
+    """Answer the first `cfg.generate` prompts of held-out `rows` greedily. Returns ({"exact_match": fraction}, rank 0's samples).
+
+    A row's prompt is what stands before its first trained token, its reference the trained text.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    prompts, samples = [], []
+    for i in range(min(cfg.generate, len(rows)))[rank::ranks]:
+        ids, mask = rows.row(i)  # (T,), (T,)
+        start = int(mask.int().argmax())
+        prompts.append(ids[:start].tolist())
+        samples.append({"prompt": tokenizer.decode(prompts[-1]), "reference": tokenizer.decode(ids[mask], skip_special_tokens=True).strip()})
+    for sample, ids in zip(samples, greedy(model, tokenizer, prompts, cfg.max_new_tokens)):
+        sample["answer"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        sample["match"] = compared(sample["answer"], cfg.answer_pattern) == compared(sample["reference"], cfg.answer_pattern)
+    score = torch.tensor([sum(s["match"] for s in samples), len(samples)], dtype=torch.float64)
+    dist.all_reduce(score)
+    return {"exact_match": float(score[0] / score[1])}, samples
+
+
+def compared(text, pattern):
+    """What of an answer is compared: all of it, or the pattern's last match (its first group, if it has one)."""
+    if pattern is None:
+        return text
+    found = re.findall(pattern, text)
+    if not found:
+        return None
+    return found[-1] if isinstance(found[-1], str) else found[-1][0]
