@@ -26,15 +26,15 @@ ALGORITHMS = {"sft": sft}
 def main():
     cfg = config.parse()
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
-    progress = {"step": 0}
+    progress = {}
     try:
         state = run(cfg, device, progress)
         log.write_status(cfg.output_dir, state, progress["step"])
     except BaseException as e:
         expected = isinstance(e, (ValueError, FloatingPointError))
         print(f"rank {dist.get_rank()}: {e}" if expected else traceback.format_exc(), file=sys.stderr, flush=True)
-        os.makedirs(cfg.output_dir, exist_ok=True)
-        log.write_status(cfg.output_dir, "failed", progress["step"], f"{type(e).__name__}: {e}")
+        if progress:  # a run that was refused leaves no mark on the run that stands in its output_dir
+            log.write_status(cfg.output_dir, "failed", progress["step"], f"{type(e).__name__}: {e}")
         os._exit(1)  # the launcher ends the other ranks, which may wait for this one
     dist.barrier()
     dist.destroy_process_group()
@@ -44,81 +44,89 @@ def main():
 
 
 def run(cfg, device, progress):
-    """The run that `cfg` describes; returns "finished" or "preempted". progress["step"] follows the last finished step."""
-    algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    """The run that `cfg` describes; returns "finished" or "preempted". progress["step"], once it writes, is the last finished step."""
     stop = catch_signals()
+    algorithm, rank, ranks = ALGORITHMS[cfg.algorithm], dist.get_rank(), dist.get_world_size()
     resumed = find_checkpoint(cfg)
     folder = toy.folder(cfg.model, cfg.output_dir) or load.fetch(cfg.model)
     tokenizer = load.load_tokenizer(cfg.model, folder)
     rows = prepare(cfg, "train", tokenizer, algorithm.ROWS)
     held_out = prepare(cfg, "eval", tokenizer, algorithm.ROWS) if cfg.data.eval else None
-    inputs = {"config": config.as_dict(cfg), "data": rows.fingerprint}
+    record = {"config": config.as_dict(cfg), "data": rows.fingerprint, "folder": str(Path(folder).resolve()), "ranks": ranks}
     if resumed:
-        checkpoint.check_inputs(checkpoint.read_state(resumed), inputs)
-    last = batches.steps_in(len(rows), cfg.train)
+        checkpoint.check_inputs(checkpoint.read_state(resumed), record)
+        progress["step"] = checkpoint.read_state(resumed)["step"]
+    progress.setdefault("step", 0)
+    if rank == 0:
+        Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
+        log.write_status(cfg.output_dir, "running", progress["step"])
 
     model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed)
-    parameters = sum(p.numel() for p in model.parameters())
     load.check_vocabulary(model, rows.report["max_token_id"])
     optimizer = optim.make_optimizer(model, cfg.train)
-    first, num_tokens = 1, 0
-    if resumed:
-        state = checkpoint.load(resumed, model, optimizer)
-        first, num_tokens = state["step"] + 1, state["num_tokens"]
-    progress["step"] = first - 1
-    say(f"{parameters:,} parameters on {ranks} x {device.type}; {model.config._attn_implementation} attention; steps {first} to {last}")
+    state = checkpoint.load(resumed, model, optimizer) if resumed else {"step": 0, "num_tokens": 0}
+    first, last = state["step"] + 1, batches.steps_in(len(rows), cfg.train)
+    parameters = sum(p.numel() for p in model.parameters())
+    attention = model.config._attn_implementation
+    steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
+    say(f"{parameters:,} parameters on {ranks} x {device.type}, {attention} attention; {steps}")
 
-    quadratic = batches.attention_share(model.config, parameters)
-    source = batches.offline_steps(rows, cfg.train, cfg.seed, first, rank, ranks, quadratic)
+    dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
+    held = batches.micro_batches(held_out, range(len(held_out)), *dealt) if held_out else []
     journal = log.Log(cfg.output_dir, cfg.log, first, last)
 
-    def evaluate(step):
-        if held_out is None:
-            return {}
-        held = batches.micro_batches(held_out, range(len(held_out)), cfg.train.micro_batch_tokens, rank, ranks, quadratic)
-        metrics, samples = loop.evaluate(model, algorithm, settings, held), []
-        if cfg.evaluation.generate:
-            scores, samples = loop.answer(model, tokenizer, held_out, cfg.evaluation)
-            metrics |= scores
-        metrics = {f"eval/{name}": value for name, value in metrics.items()}
-        journal.samples(step, samples)
-        for sample in samples[: 3 * (step == last)]:
-            say("\n".join(f"{name}: {text}" for name, text in sample.items()) + "\n")
-        say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        return metrics
+    def test(step):
+        return evaluate(cfg, algorithm, model, tokenizer, held, held_out, journal, step, last) if held else {}
 
     def report(step, metrics, preempted):
         progress["step"] = step
-        due = cfg.evaluation.steps and step % cfg.evaluation.steps == 0
-        if step == last or (due and not preempted):
-            metrics |= evaluate(step)
+        if step == last or (due(step, cfg.evaluation.steps) and not preempted):
+            metrics |= test(step)
         journal.write(step, metrics)
-        if step == last or preempted or (cfg.checkpoint.save_steps and step % cfg.checkpoint.save_steps == 0):
-            record = inputs | {"num_tokens": metrics["num_tokens"], "folder": str(Path(folder).resolve()), "ranks": ranks}
-            checkpoint.save(cfg.output_dir, step, model, optimizer, record, cfg.checkpoint.save_total_limit)
+        if step == last or preempted or due(step, cfg.checkpoint.save_steps):
+            known = record | {"num_tokens": metrics["num_tokens"]}
+            checkpoint.save(cfg.output_dir, step, model, optimizer, known, cfg.checkpoint.save_total_limit)
 
     if first == 1:
-        journal.scalars(0, evaluate(0))
-    state = loop.train(
-        *(model, algorithm, settings, source, optimizer, lambda step: optim.learning_rate(cfg.train, last, step), first, last),
-        num_tokens=num_tokens,
+        journal.scalars(0, test(0))
+    outcome = loop.train(
+        *(model, algorithm, getattr(cfg, cfg.algorithm), batches.offline_steps(rows, cfg.train, cfg.seed, first, *dealt[1:]), optimizer),
+        *(lambda step: optim.learning_rate(cfg.train, last, step), first, last),
+        num_tokens=state["num_tokens"],
         max_grad_norm=cfg.train.max_grad_norm,
         stopping=lambda: bool(stop),
         report=report,
     )
     journal.close()
-    if state == "finished":
+    if outcome == "finished":
         load.save_pretrained(model, tokenizer, Path(cfg.output_dir, "final"))
         say(f"wrote {cfg.output_dir}/final, a Hugging Face folder")
-    return state
+    return outcome
+
+
+def due(step, every):
+    return bool(every) and step % every == 0
+
+
+def evaluate(cfg, algorithm, model, tokenizer, held, held_out, journal, step, last):
+    """Held-out loss and, if asked for, generated answers, as `eval/` metrics; the last evaluation shows three answers."""
+    metrics, samples = loop.evaluate(model, algorithm, getattr(cfg, cfg.algorithm), held), []
+    if cfg.evaluation.generate:
+        scores, samples = loop.answer(model, tokenizer, held_out, cfg.evaluation)
+        metrics |= scores
+    metrics = {f"eval/{name}": value for name, value in metrics.items()}
+    journal.samples(step, samples)
+    for sample in samples[:3] if step == last else ():
+        say("\n".join(f"{name}: {text}" for name, text in sample.items()) + "\n")
+    say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return metrics
 
 
 def find_checkpoint(cfg):
-    """The checkpoint to go on from, or None to begin; writes the resolved config of a run that may start."""
+    """The checkpoint to go on from, or None to begin."""
     resume, used = cfg.checkpoint.resume, checkpoint.found(cfg.output_dir)
     if resume == "never" and used:
-        raise ValueError(f"checkpoint.resume: never, but {cfg.output_dir} holds {next(iter(used.values())).name}; choose another output_dir")
+        raise ValueError(f"checkpoint.resume: never, but {cfg.output_dir} holds {len(used)} checkpoints; choose another output_dir")
     if resume in ("auto", "never"):
         folder = checkpoint.newest(cfg.output_dir, say)
     else:
@@ -127,11 +135,7 @@ def find_checkpoint(cfg):
             raise ValueError(f"checkpoint.resume: {resume}: {problem}")
     if folder:
         say(f"resuming from {folder}")
-    if dist.get_rank() == 0:
-        os.makedirs(cfg.output_dir, exist_ok=True)
-        Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
-        log.write_status(cfg.output_dir, "running", 0)
-    dist.barrier()
+    os.makedirs(cfg.output_dir, exist_ok=True)
     return folder
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13 demands it for grouped heads, 2.11 lacks it
+# torch 2.13 demands this argument for grouped heads, 2.11 does not have it
+VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def choose(name, device, dtype):
@@ -39,11 +40,8 @@ def sdpa(module, query, key, value, attention_mask, scaling=None, dropout=0.0, r
         if sliding_window is not None and q.shape[2] > sliding_window:
             near = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
             mask = near.tril().triu(1 - sliding_window)  # (T, T): token t sees t - window + 1 .. t
-        rows.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        )
+        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+        rows.append(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options))
     return torch.cat(rows, dim=2).transpose(1, 2), None
 
 

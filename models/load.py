@@ -84,7 +84,7 @@ def check_vocabulary(model, largest_id):
     rows = model.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:
         raise ValueError(
-            f"data.train has token {largest_id}, but the model's embedding has {rows} rows: is the tokenizer of another model in its folder?"
+            f"data.train has token {largest_id}, but the model's embedding has {rows} rows: is its folder's tokenizer another model's?"
         )
 
 

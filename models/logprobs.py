@@ -105,7 +105,7 @@ def logits(hidden, weight, bias, transform):
 def eager(hidden, weight, bias, labels, transform, byproducts):
     """Log-probs (M,) by plain autograd, with the whole (M, V) table in memory: the reference for `chunked`."""
     z = logits(hidden, weight, bias, transform)  # (M, V)
-    out = {"logps": z.log_softmax(-1).gather(-1, labels[:, None])[:, 0]}
+    out = {"logps": z.log_softmax(-1).gather(-1, labels[:, None]).sum(-1)}
     if byproducts:
         with torch.no_grad():
             z, lse = z.detach(), z.detach().logsumexp(-1)

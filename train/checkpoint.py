@@ -198,8 +198,8 @@ def check_inputs(state, inputs):
         differences.append("data.train: the tokenised rows differ")
     if differences:
         raise ValueError(
-            f"checkpoint.resume: the checkpoint of step {state['step']} was made with other settings: {'; '.join(differences)}. Restore them, "
-            "or choose another output_dir"
+            f"checkpoint.resume: the checkpoint of step {state['step']} was made with other settings: {'; '.join(differences)}. "
+            "Restore them, or choose another output_dir"
         )
 
 

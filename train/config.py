@@ -4,12 +4,62 @@ A key that no field has, a value of the wrong type or a block that belongs to an
 file and line (or the option), before a model is loaded. Names are those of Hugging Face and TRL wherever they have one.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import ast
+import difflib
+import inspect
+import itertools
+import math
+import os
+import re
+import sys
+import textwrap
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal, NoReturn, get_args, get_origin
+
+import jsonargparse
+import yaml
 
 from algorithms.sft import Config as Sft
 
 AlgorithmName = Literal["sft"]
+
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"  # <algorithm>.yaml there is read when no --config is given
+
+OLD_NAMES = {  # what to do here: the names that other trainers have for it
+    "set train.global_batch_size and train.micro_batch_tokens": "batch_size train_batch_size micro_batch_size"
+    " per_device_train_batch_size gradient_accumulation_steps",
+    "set train.learning_rate": "lr",
+    "set train.num_train_epochs": "epochs num_epochs max_epochs",
+    "set train.max_steps": "max_iters max_steps_per_epoch total_steps",
+    "set train.warmup_steps (a fraction below 1)": "warmup warmup_ratio",
+    "set train.lr_scheduler_type": "scheduler lr_scheduler",
+    "set train.max_grad_norm": "clip_grad_norm grad_clip gradient_clipping",
+    "set model.dtype": "bf16 fp16 precision torch_dtype",
+    "set model.model_name_or_path": "model model_name base_model pretrained_model_name_or_path",
+    "set model.attn_implementation": "flash_attention flash_attn use_flash_attention",
+    "set data.train": "data dataset datasets dataset_name train_file",
+    "set data.max_length": "max_seq_len max_seq_length seq_len sequence_len cutoff_len",
+    "set data.completion_only_loss": "train_on_inputs train_on_input",
+    "set evaluation.steps (0: at the end only)": "eval_steps eval_strategy evaluation_strategy",
+    "set checkpoint.save_steps (0: at the end only)": "save_strategy save_every",
+    "set checkpoint.resume": "resume_from_checkpoint",
+    "set log.report_to": "metric_logger wandb",
+    "rows are always packed, nothing to set": "packing packed sample_packing",
+}
+
+
+def require(ok, key, got, expected):
+    """What a dataclass cannot accept, in the words of the config: `parse` puts the file and line before it."""
+    if not ok:
+        raise ValueError(f"{key}: got {got!r}, expected {expected}")
+
+
+def at_least(block, settings, **lows):
+    """Lower bounds by field name; null passes, NaN and infinity do not."""
+    for name, low in lows.items():
+        value = getattr(settings, name)
+        require(value is None or low <= value < math.inf, f"{block}.{name}", value, f"a number from {low} up")
 
 
 @dataclass(frozen=True)
@@ -28,6 +78,11 @@ class Model:
     """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: the fastest here."""
     logprobs: Literal["chunked", "eager"] = "chunked"
     """How log-probs leave the head. chunked: never more than a slice of (tokens x vocabulary) in memory; eager: plain autograd."""
+
+    def __post_init__(self):
+        pinned = re.fullmatch("[0-9a-f]{40}", self.model_revision or "") or Path(self.model_name_or_path).is_dir()
+        cure = "false, or a model.model_revision of 40 hex digits: a branch may hold other code tomorrow"
+        require(pinned or not self.trust_remote_code, "model.trust_remote_code", self.trust_remote_code, cure)
 
 
 @dataclass(frozen=True)
@@ -53,6 +108,10 @@ class Data:
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row does: stop the run before it starts, or be left out and counted by reason."""
 
+    def __post_init__(self):
+        require(all(isinstance(name, str) for name in self.columns), "data.columns", self.columns, "names of columns; quote them")
+        at_least("data", self, max_length=2)
+
 
 @dataclass(frozen=True)
 class Train:
@@ -65,17 +124,34 @@ class Train:
     num_train_epochs: float = 1.0
     """Passes over the data when `max_steps` is null."""
     learning_rate: float = 2e-5
+    """AdamW's step size at the top of the schedule."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "linear"
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: float = 0.0
     """Steps of linear warm-up; below 1, a fraction of all steps."""
     decay_steps: float = 0.1
     """Steps of the decay of warmup_stable_decay; below 1, a fraction of all steps."""
     weight_decay: float = 0.0
+    """AdamW's, decoupled from the gradient."""
     adam_beta1: float = 0.9
+    """Decay of the mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
     adam_epsilon: float = 1e-8
+    """Added to the root of the mean of squared gradients."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
+
+    def __post_init__(self):
+        at_least("train", self, global_batch_size=1, micro_batch_tokens=2, max_steps=1, learning_rate=0, warmup_steps=0)
+        at_least("train", self, decay_steps=0, weight_decay=0, max_grad_norm=0)
+        for name in ("num_train_epochs", "adam_epsilon"):
+            require(0 < getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "a number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "a number from 0 up to, not including, 1")
+        for name in ("warmup_steps", "decay_steps"):
+            steps = getattr(self, name)
+            require(steps < 1 or steps == int(steps), f"train.{name}", steps, "whole steps, or a fraction of all steps below 1")
 
 
 @dataclass(frozen=True)
@@ -89,6 +165,13 @@ class Evaluation:
     answer_pattern: str | None = None
     """Regular expression; its last match (group 1 if it has one) is compared instead of the whole answer."""
 
+    def __post_init__(self):
+        at_least("evaluation", self, steps=0, generate=0, max_new_tokens=1)
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            require(False, "evaluation.answer_pattern", self.answer_pattern, f"a regular expression ({error})")
+
 
 @dataclass(frozen=True)
 class Fsdp:
@@ -98,6 +181,9 @@ class Fsdp:
     """Free gathered weights between forward and backward; false: faster, more memory."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the job."""
+
+    def __post_init__(self):
+        at_least("fsdp", self, replicas=1, timeout_seconds=1)
 
 
 @dataclass(frozen=True)
@@ -109,6 +195,9 @@ class Checkpoint:
     resume: str = "auto"
     """auto: the newest whole checkpoint of `output_dir`, if any; never: refuse a used `output_dir`; or a checkpoint folder."""
 
+    def __post_init__(self):
+        at_least("checkpoint", self, save_steps=0, save_total_limit=1)
+
 
 @dataclass(frozen=True)
 class Log:
@@ -116,6 +205,9 @@ class Log:
     """Besides metrics.jsonl, which is always written."""
     logging_steps: int = 1
     """Show a line on the console every this many steps; metrics.jsonl has every step."""
+
+    def __post_init__(self):
+        at_least("log", self, logging_steps=1)
 
 
 @dataclass(frozen=True)
@@ -125,10 +217,265 @@ class Config:
     model: Model
     data: Data
     algorithm: AlgorithmName = "sft"
+    """What is trained for; the block of this name holds its settings, and no other algorithm's block may be set."""
     seed: int = 42
+    """Of everything that is drawn at random."""
     train: Train = field(default_factory=Train)
     evaluation: Evaluation = field(default_factory=Evaluation)
     fsdp: Fsdp = field(default_factory=Fsdp)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     sft: Sft = field(default_factory=Sft)
+
+    def __post_init__(self):
+        require(self.output_dir, "output_dir", "", "a folder")
+        require(self.model.model_name_or_path, "model.model_name_or_path", "", "a hub name, a local folder or builtin:tiny")
+        require(self.data.train, "data.train", "", "a file, a hub dataset or builtin:letters")
+        for name in ("steps", "generate"):
+            value = getattr(self.evaluation, name)
+            require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")
+
+
+class Refused(Exception):
+    """A setting that cannot be used; the message is the line that the user sees."""
+
+
+class Parser(jsonargparse.ArgumentParser):
+    def error(self, message, ex=None) -> NoReturn:
+        raise Refused(message)  # argparse would print 60 lines of usage first
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The settings of a run: the YAML file of --config, and over it the other options in `argv` (default: the command line's).
+
+    What cannot be used ends the process with code 2 and one line on stderr: file:line or option, what was got, what was expected.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        known = settings(Config)
+        if {"-h", "--help"} & set(argv):
+            finish(build_parser(known, docs(Config)).format_help())
+        options = read_options(argv, known)
+        cfg = load(options, known)
+    except Refused as error:
+        print(" ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    if "print_config" in dict(options):
+        finish(to_yaml(cfg))
+    return cfg
+
+
+def as_dict(cfg: Config) -> dict:
+    """Plain dicts and lists, without the blocks of algorithms that the run does not use."""
+    values = asdict(cfg)
+    unused = foreign(values, cfg.algorithm, get_args(settings(type(cfg))["algorithm"].type))
+    return {key: value for key, value in values.items() if key not in unused}
+
+
+def to_yaml(cfg: Config) -> str:
+    """What `parse` reads back as an equal Config."""
+    return yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True)
+
+
+def finish(text) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once per GPU
+        print(text, end="")
+    sys.exit(0)
+
+
+def settings(block, prefix="") -> dict[str, Field]:
+    """Dotted key to dataclass field, of settings and of the blocks that hold them."""
+    found = {}
+    for f in fields(block):
+        found |= {prefix + f.name: f} | (settings(f.type, f"{prefix}{f.name}.") if is_dataclass(f.type) else {})
+    return found
+
+
+def is_setting(key, known):
+    return key in known and not is_dataclass(known[key].type)
+
+
+def is_required(f):
+    return not is_dataclass(f.type) and f.default is MISSING and f.default_factory is MISSING
+
+
+def setting_of(name, known):
+    """What an option sets: train.max_steps, log.report_to+ (appends to it), data.columns.prompt (one entry of it); or None."""
+    for key, kind in ((name, None), (name.removesuffix("+"), list), (name.rpartition(".")[0], dict)):
+        if is_setting(key, known) and kind in (None, get_origin(known[key].type)):
+            return key
+
+
+def foreign(keys, chosen, names):
+    """The keys that are, or lie in, the block of an algorithm in `names` other than the chosen one."""
+    return [key for key in keys if key.split(".")[0] in set(names) - {chosen}]
+
+
+def read_options(argv, known) -> list[tuple[str, str]]:
+    """(name, value) in the order given; `--name=value` and `--name value` alike."""
+    options, tokens = [], iter(argv)
+    for token in tokens:
+        match = re.fullmatch(r"--([^=\s]+)(?:=(.*))?", token, re.DOTALL)
+        if not match:
+            raise Refused(f"{token!r} is not an option, expected --train.max_steps 5 or --train.max_steps=5")
+        name, value = match.groups()
+        key = setting_of(name, known)
+        if key is None and name not in ("config", "print_config"):
+            names = [*(key for key in known if is_setting(key, known)), "config", "print_config"]
+            raise Refused(f"unknown option --{name}; {nearest(name, names, '--')}")
+        if name == "print_config" and value is not None:
+            raise Refused(f"--print_config: got {value!r}, expected nothing")
+        if name != "print_config" and value is None:
+            value = next(tokens, "--")
+            if value.startswith("--"):
+                raise Refused(f"--{name}: got nothing, expected {describe(known[key].type) if key else 'a YAML file'}")
+        if name == "config" and (not value or name in dict(options)):
+            raise Refused(f"--config: {'given twice' if value else 'got nothing'}, expected one YAML file")
+        options.append((name, value))
+    return options
+
+
+def read_yaml(path, known) -> tuple[dict, dict]:
+    """(values of settings, line numbers of settings and blocks), by dotted key."""
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            raise Refused(f"{path}:1: empty, expected settings such as `output_dir: runs/first`")
+        found, values = read_block(root, "", path, known), {}
+        for key, (_, node) in found.items():
+            if is_setting(key, known):
+                values[key] = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        raise Refused(f"{path}:{error.problem_mark.line + 1}: not plain YAML: {error.problem}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise Refused(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:  # a date of month 13
+        raise Refused(f"{path}:{node.start_mark.line + 1}: {key}: got {node.value!r}, which is no value of YAML: {error}") from error
+    return values, {key: line for key, (line, _) in found.items()}
+
+
+def read_block(node, prefix, path, known) -> dict:
+    """Dotted key to (line, YAML node) of all that is in a block, or in a mapping such as data.columns."""
+    if not isinstance(node, yaml.MappingNode):
+        got = "a list" if isinstance(node, yaml.SequenceNode) else repr(node.value) if node.value else "nothing"
+        raise Refused(f"{path}:{node.start_mark.line + 1}: {prefix[:-1] or 'settings'}: got {got}, expected lines of `name: value`")
+    found = {}
+    for name, value in node.value:
+        key, line = f"{prefix}{name.value}", name.start_mark.line + 1
+        if key in found:
+            raise Refused(f"{path}:{line}: {key} is set twice, first on line {found[key][0]}; keep one")
+        if key not in known and not is_setting(prefix[:-1], known):
+            raise Refused(f"{path}:{line}: unknown key {key!r}; {nearest(key, known)}")
+        found[key] = line, value
+        if key in known and (not is_setting(key, known) or isinstance(value, yaml.MappingNode)):
+            found |= read_block(value, f"{key}.", path, known)
+    return found
+
+
+def build_parser(known, texts=None) -> Parser:
+    """One typed option per setting; `texts` describe them."""
+    jsonargparse.set_parsing_settings(import_path_denylist=["*"])  # else a class_path in YAML could import any module
+    parser = Parser(prog="launch/train.py", usage="%(prog)s [--config FILE] [--SETTING VALUE ...]", allow_abbrev=False)
+    group = parser.add_argument_group("run")
+    hidden = {"default": jsonargparse.SUPPRESS}
+    group.add_argument("--config", metavar="FILE", help="YAML file of settings; default: launch/recipes/<algorithm>.yaml", **hidden)
+    group.add_argument("--print_config", action="store_true", help="Print all settings as YAML, and exit.", **hidden)
+    groups = {key: parser.add_argument_group(key) for key in known if not is_setting(key, known)}
+    for key, f in known.items():
+        if is_setting(key, known):
+            text = (texts or {}).get(key, "") + " (required)" * is_required(f)
+            default = jsonargparse.SUPPRESS if is_required(f) else f.default if f.default is not MISSING else f.default_factory()
+            groups.get(key.rpartition(".")[0], group).add_argument(f"--{key}", type=f.type, default=default, help=text)
+    return parser
+
+
+def docs(block, prefix="") -> dict[str, str]:
+    """Dotted key to the string that stands below the field."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(block))).body[0].body
+    pairs = [(a, b) for a, b in itertools.pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    found = {prefix + a.target.id: b.value.value for a, b in pairs}
+    for f in fields(block):
+        found |= docs(f.type, f"{prefix}{f.name}.") if is_dataclass(f.type) else {}
+    return found
+
+
+def describe(kind):
+    """A type in words."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    words = [describe(arg) for arg in get_args(kind)]
+    forms = {list: "a list, each item {}", dict: "a mapping of {} to {}"}
+    return names.get(kind) or forms.get(get_origin(kind), " or ".join(words)).format(*words)
+
+
+def mismatch(got, kind):
+    choices = re.findall(r"\w+", describe(kind).partition("one of ")[2])
+    close = difflib.get_close_matches(str(got), choices, 1)
+    cure = ""
+    if close and close[0] != got:
+        cure = f"; did you mean {close[0]}?"
+    elif "text" in describe(kind) and not isinstance(got, str | list | None):
+        cure = "; quote it"
+    return f"got {'null' if got is None else repr(got)}, expected {describe(kind)}{cure}"
+
+
+def nearest(name, known, dashes=""):
+    """What an unknown name was meant to be: a setting of another block, another trainer's name for one, or a misspelt one."""
+    leaf = name.rpartition(".")[2]
+
+    def alike(key):
+        leaves, whole = (difflib.SequenceMatcher(None, *pair).ratio() for pair in ((leaf, key.rpartition(".")[2]), (name, key)))
+        return leaves + whole / 10, key  # the block decides between equal leaves
+
+    score, best = max(map(alike, known))
+    cure = next((cure for cure, names in OLD_NAMES.items() if leaf in names.split()), None)
+    return cure if cure and score < 1 else f"did you mean {dashes}{best}?" if score > 0.7 else "--help lists them all"
+
+
+def convert(read, known, place):
+    """What `read()` returns: values of their settings' types; `place(key)` says where one was set and what was written."""
+    try:
+        return read()
+    except Refused as error:
+        key = next(iter(re.findall(r'key "([\w.]+)"', str(error))), None)
+        if not is_setting(key, known):
+            raise
+        where, got = place(key)
+        raise Refused(f"{where}: {mismatch(got, known[key].type)}") from error
+
+
+def load(options, known) -> Config:
+    """The Config of a command line that `read_options` took apart."""
+    given = {setting_of(name, known) or name: value for name, value in options}
+    algorithm, names = given.get("algorithm", known["algorithm"].default), get_args(known["algorithm"].type)
+    if algorithm not in names:  # before its recipe is looked for
+        raise Refused(f"--algorithm: {mismatch(algorithm, known['algorithm'].type)}")
+    path = given.get("config", RECIPES / f"{algorithm}.yaml")
+    values, lines = read_yaml(path, known)
+
+    def where(key):
+        return f"--{key}" if key in given else f"{path}:{lines[key]}: {key}" if key in lines else f"{path}: {key}"
+
+    parser = build_parser(known)
+    overrides = [f"--{name}={value}" for name, value in options if name not in ("config", "print_config")]
+    in_file = convert(lambda: parser.parse_object(values, defaults=False), known, lambda key: (f"{path}:{lines[key]}: {key}", values[key]))
+    merged = convert(lambda: parser.parse_args(overrides, in_file), known, lambda key: (f"--{key}", given[key]))
+    for key, f in known.items():
+        if is_required(f) and key not in merged:
+            raise Refused(f"{path}: {key} is missing, expected {describe(f.type)}; set it there or as --{key}")
+        if merged.get(key, "") is None and type(None) not in get_args(f.type):  # jsonargparse lets null through
+            raise Refused(f"{where(key)}: {mismatch(None, f.type)}")
+    for key in foreign([*given, *lines], merged.algorithm, names):
+        raise Refused(f"{where(key)}: belongs to another algorithm than {merged.algorithm}; remove it or set algorithm to its own")
+    try:
+        return build(Config, merged.as_dict())
+    except ValueError as error:
+        key, _, problem = str(error).partition(": ")
+        raise Refused(f"{where(key)}: {problem}") from error
+
+
+def build(block, values):
+    """The dataclass of nested dicts."""
+    return block(**{f.name: build(f.type, values[f.name]) if is_dataclass(f.type) else values[f.name] for f in fields(block)})

@@ -32,7 +32,7 @@ import datasets
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -96,7 +96,7 @@ class Rows:
         """One safetensors file, whole or not there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # process numbers repeat across hosts
         head = {"report": json.dumps(self.report), "per_example": str(self.rows_per_example), "fingerprint": self.fingerprint}
         save_file(_tensors(self.input_ids, self.loss_mask, self.offsets, self.columns), temporary, metadata=head)
         os.replace(temporary, path)
@@ -105,8 +105,7 @@ class Rows:
     def load(cls, path: str | Path) -> "Rows":
         """What `save` wrote. ValueError: the file is another one, or the tensors are not those that were saved."""
         with safe_open(path, "pt") as file:
-            head = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            head, tensors = file.metadata() or {}, load_file(path)
         if not head.keys() >= {"report", "per_example", "fingerprint"}:
             raise ValueError(f"{path}: not a file of prepared rows (its metadata has {', '.join(head) or 'nothing'}); delete it")
         per_example, fingerprint = int(head["per_example"]), head["fingerprint"]
@@ -130,14 +129,11 @@ def _fingerprint(tensors: dict[str, Tensor], rows_per_example: int) -> str:
     return digest.hexdigest()
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------------
-
-
 def read(source: str, split: str = "train", config: str | None = None, columns: dict[str, str] | None = None) -> Iterator:
     """Yields (where, row): where is "file.jsonl:LINE", "file.parquet:ROW" or "name[split]:ROW", row a dict, or the BadRow that
     says why it is none. `columns` renames, new name to the file's. ValueError: nothing to read, or the first row lacks a column
     that `columns` names."""
-    first = True
+    where, first = None, True
     for where, row in _source(source, split, config):
         if isinstance(row, dict):
             absent = [old for old in (columns or {}).values() if old not in row]
@@ -148,8 +144,8 @@ def read(source: str, split: str = "train", config: str | None = None, columns: 
                 row = kept | {new: row[old] for new, old in columns.items() if old in row}
             first = False
         yield where, row
-    if first:
-        raise ValueError(f"{source}: no row could be read (is it empty?)")
+    if where is None:
+        raise ValueError(f"{source}: there are no rows in it")
 
 
 def _source(source: str, split: str, config: str | None) -> Iterator:
@@ -217,6 +213,7 @@ def _json_file(path: Path, source: str) -> Iterator:
     while text[position := GAP.match(text, position).end()] != "]":
         line, last = line + text.count("\n", last, position), position
         row, position = _decode(text, position)
+        assert position > last, row  # broken JSON ends at 0; the check above has seen to that
         yield f"{source}:{line}", row
 
 
@@ -232,8 +229,12 @@ def _decode(text: str | bytes, position: int = 0) -> tuple[dict | BadRow, int]:
     try:
         line = text.decode() if isinstance(text, bytes) else text
         row, end = json.JSONDecoder(object_pairs_hook=pairs).raw_decode(line, position)
+        if "\\u" in line[position:end]:  # "\ud83d" alone is half a character, which no tokenizer takes
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"byte {error.object[error.start]:#04x} at {error.start + 1}", "UTF-8 text"), 0
+    except UnicodeEncodeError as error:
+        return BadRow("not Unicode text", f"{error.object[error.start]!r}, half a character", "whole characters"), end
     except (ValueError, RecursionError) as error:
         return BadRow("broken JSON", error, "one JSON object on a line"), 0
     if isinstance(text, bytes) and line[end:].strip():
@@ -248,9 +249,6 @@ def _decode(text: str | bytes, position: int = 0) -> tuple[dict | BadRow, int]:
 def _short(value: object) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-# ---- rows to text ------------------------------------------------------------------------------------------------------------
 
 
 class Text(NamedTuple):
@@ -404,9 +402,6 @@ class Kind(NamedTuple):
 KINDS = {"completions": Kind((("prompt", "completion"), ("messages",), ("text",), ("conversations",)), 1, completions)}
 
 
-# ---- text to tokens ----------------------------------------------------------------------------------------------------------
-
-
 class _Store:
     """Growing token arrays, five bytes a token, and the counts of the report."""
 
@@ -431,22 +426,13 @@ def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str) -> 
             if isinstance(row, BadRow):
                 raise row
             form = form or _form(row, plan, cfg, tokenizer)
-            texts, extras = plan.read(row, form, cfg, tokenizer)
-            for text in texts:
-                text.full.encode()
-            pending.append((where, texts, extras))
-        except UnicodeEncodeError as error:
-            bad = BadRow("not Unicode text", f"{error.object[error.start]!r}, half a character", "whole characters")
-        except BadRow as error:
-            bad = error
+            pending.append((where, *plan.read(row, form, cfg, tokenizer)))
+        except BadRow as bad:
+            if cfg.on_bad_row == "error":
+                raise ValueError(f"{where}: {bad}") from bad
+            store.drop(where, bad.reason, str(bad))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        else:
-            bad = None
-        if bad and cfg.on_bad_row == "error":
-            raise ValueError(f"{where}: {bad}") from bad
-        if bad:
-            store.drop(where, bad.reason, str(bad))
         if len(pending) == CHUNK:
             _tokenise(pending, store, form, cfg, tokenizer)
             pending = []

@@ -28,7 +28,7 @@ def write_json(path, value):
 
 
 def write_status(output_dir, state, step, error=None):
-    """run_status.json: scripts read it instead of the exit code, which torchrun turns into 1. state: running, finished, preempted, failed."""
+    """run_status.json: for scripts, as torchrun turns every exit code into 1. state: running, finished, preempted or failed."""
     if dist.is_initialized() and dist.get_rank() != 0 and error is None:
         return
     write_json(Path(output_dir, "run_status.json"), {"state": state, "step": step, "error": error, "time": time.time()})

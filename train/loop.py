@@ -40,8 +40,8 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
         metrics["grad_norm"] = float(norm)
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise FloatingPointError(
-                f"step {step}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} are not finite; stopped before the update "
-                f"(rows {known.get('rows')}). Likely causes: a learning rate too high, or broken weights or data"
+                f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite, so training stopped before the "
+                f"update (rows {known.get('rows')}). Likely causes: a learning rate too high, or broken weights or data"
             )
         if max_grad_norm:
             clip_grads_with_norm_(parameters, max_grad_norm, norm)
@@ -84,7 +84,7 @@ def total_counts(algorithm, micro_batches, stopping):
     totals = dict(zip(mine, sums.tolist()))
     empty = [name for name, value in totals.items() if value == 0 and name != "stopping"]
     if empty:
-        raise ValueError(f"the step has no {empty[0]}: no token of it is trained (check the masks of data.train and data.max_length)")
+        raise ValueError(f"the step has no {empty[0]}: nothing of it is trained (see the masks of data.train, and data.max_length)")
     return totals
 
 
@@ -134,7 +134,8 @@ def answer(model, tokenizer, rows, cfg):
         ids, mask = rows.row(i)  # (T,), (T,)
         start = int(mask.int().argmax())
         prompts.append(ids[:start].tolist())
-        samples.append({"prompt": tokenizer.decode(prompts[-1]), "reference": tokenizer.decode(ids[mask], skip_special_tokens=True).strip()})
+        reference = tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
+        samples.append({"prompt": tokenizer.decode(prompts[-1]), "reference": reference})
     for sample, ids in zip(samples, greedy(model, tokenizer, prompts, cfg.max_new_tokens)):
         sample["answer"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         sample["match"] = compared(sample["answer"], cfg.answer_pattern) == compared(sample["reference"], cfg.answer_pattern)

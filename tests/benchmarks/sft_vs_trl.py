@@ -1,0 +1,236 @@
+"""SFT, ours against TRL's SFTTrainer: trained tokens a second and peak memory. `python tests/benchmarks/sft_vs_trl.py`
+
+The same model, rows, float type and number of threads; whole processes in turn (ours, TRL, TRL packed, ours, ...), medians over the
+repeats. First every candidate for "TRL packed" runs once, and the fastest becomes the opponent. No ratio is printed before the loss
+curves of ours and TRL's defaults agree: both train on the same rows in the same steps.
+
+A step's tokens are those that are not padding; its time is the whole step, data included; the first steps are left out. Memory is
+the peak of the training process: VmHWM on a CPU, what torch has allocated on a GPU. TRL saves nothing, ours its checkpoint and model.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+CORES = len(os.sched_getaffinity(0))
+WARM_UP = 2  # first steps that no number counts
+ROWS_PER_STEP = 8  # TRL's default per_device_train_batch_size
+LENGTHS = (50, 800)  # tokens of a row
+VOCABULARY = 16384
+OURS = {"train": {"micro_batch_tokens": 2048}}  # what differs from the defaults of train/config.py
+SHOWN = {"ours": "ours", "trl": "TRL, its defaults", "packed": "TRL, packed"}
+
+
+def make_model(folder):
+    """A Llama of 25 million random weights, a quarter of them the tied head, as in SmolLM2-135M; and its tokenizer, a word a token."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from train.toy import CHATML
+
+    words = ["<|im_end|>", "<|im_start|>", "<|pad|>", "<|unk|>", "system", "user", "assistant"]
+    words += [f"w{i}" for i in range(VOCABULARY - len(words))]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|unk|>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": words[0], "pad_token": words[2], "unk_token": words[3], "additional_special_tokens": words[1:2]}
+    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, **heads, **ids, tie_word_embeddings=True)).save_pretrained(folder)
+
+
+def make_rows(path, count):
+    """`count` conversations of log-uniform length, of Zipf-distributed words."""
+    stream, words = random.Random(0), [f"w{i}" for i in range(VOCABULARY - 7)]
+    weights = [1 / (i + 10) for i in range(len(words))]
+    with open(path, "w") as f:
+        for _ in range(count):
+            left, messages = int(LENGTHS[0] * (LENGTHS[1] / LENGTHS[0]) ** stream.random()), []
+            for turn in range(n := 2 * stream.randint(1, 2)):
+                size = max(1, (left - 3 * (n - turn)) // (n - turn))  # a message adds three tokens of its own
+                text = " ".join(stream.choices(words, weights, k=size))
+                messages.append({"role": ("user", "assistant")[turn % 2], "content": text})
+                left -= size + 3
+            f.write(json.dumps({"messages": messages}) + "\n")
+
+
+def trl_side(job):
+    """Train with TRL in this process, as `job` says; writes its numbers to job["result"]."""
+    import datasets
+    import torch
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    cuda, ends, seen = torch.cuda.is_available(), [], []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            if cuda:
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs, **_):
+            if "loss" in logs:
+                seen.append((logs["loss"], logs["num_tokens"]))
+
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "use_cpu": not cuda, "bf16": cuda}
+    config = SFTConfig(output_dir=job["output_dir"], max_steps=job["steps"], **quiet, **job["settings"])
+    rows = datasets.Dataset.from_json(job["data"], cache_dir=job["output_dir"])
+    SFTTrainer(job["model"], config, train_dataset=rows, callbacks=[Clock()]).train()
+    losses, totals = zip(*seen)
+    result = {"losses": losses, "tokens": [b - a for a, b in zip((0, *totals), totals)]}
+    result["seconds"] = [b - a for a, b in zip(ends, ends[1:])]
+    result["device_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def measure(side, settings, options, steps):
+    """Run one side in a process of its own. Returns losses, tokens and seconds of each step, tokens/s, and peak memory in GiB."""
+    folder = Path(tempfile.mkdtemp(dir=options.work))
+    result = folder / "result.json"
+    job = {"output_dir": str(folder / "run"), "model": options.model, "data": options.data, "steps": steps, "result": str(result)}
+    if side == "ours":
+        (folder / "recipe.yaml").write_text(json.dumps(recipe(job, settings)))
+        command = [str(ROOT / "launch/train.py"), "--config", str(folder / "recipe.yaml")]
+    else:
+        command = [__file__, "--side", "trl", "--job", json.dumps(job | {"settings": settings})]
+    host_gib = run(command, folder / "output.txt")
+    if side == "ours":
+        lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+        totals = [line["num_tokens"] for line in lines]
+        out = {"losses": [line["loss"] for line in lines], "seconds": [line["step_time"] for line in lines]}
+        out["tokens"] = [b - a for a, b in zip((0, *totals), totals)]
+        out["device_gib"] = lines[-1].get("peak_memory_gib")
+    else:
+        out = json.loads(result.read_text())
+    shutil.rmtree(folder)
+    out["speed"] = sum(out["tokens"][WARM_UP:]) / sum(out["seconds"][WARM_UP:])  # tokens/s
+    out["gib"] = out["device_gib"] or host_gib
+    return out
+
+
+def recipe(job, settings):
+    """The config of our run: the defaults of train/config.py, but for `settings`."""
+    own = {"model": {"model_name_or_path": job["model"]}, "data": {"train": job["data"]}, "log": {"report_to": []}}
+    own |= {"train": {"global_batch_size": ROWS_PER_STEP, "max_steps": job["steps"]}}
+    return {"output_dir": job["output_dir"]} | {block: own.get(block, {}) | settings.get(block, {}) for block in own | settings}
+
+
+def run(command, output):
+    """Run a Python script to its end; returns the most memory that its process held, GiB (VmHWM)."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(CORES), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    peak = 0
+    with open(output, "w") as f, subprocess.Popen([sys.executable, *command], stdout=f, stderr=f, env=environment) as process:
+        while process.poll() is None:
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            peak = int(found[1]) if found else peak  # a process that has just ended has no memory
+            time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{Path(output).read_text()[-3000:]}\nexit code {process.returncode}")
+    return peak / 2**20
+
+
+def opponents():
+    """Settings of TRL that avoid padding: name -> SFTConfig fields. All see about as many rows in a step as the others."""
+    kernels = ["flash_attention_2"] if importlib.util.find_spec("flash_attn") else ["sdpa", "eager"]
+    packed = {"packing": True, "per_device_train_batch_size": 2}
+    alone = {"packing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    free = {"padding_free": True, "max_length": None, "per_device_train_batch_size": ROWS_PER_STEP}
+    shapes = {"packs of 1024, 2 at once": packed, "packs of 1024, 1 at once": alone, "padding-free, 8 rows at once": free}
+    return {
+        f"{shape}, {kernel}, gradient checkpointing {'on' if checkpointing else 'off'}": fields
+        | {"gradient_checkpointing": checkpointing, "model_init_kwargs": {"attn_implementation": kernel}}
+        | ({} if checkpointing else {"gradient_checkpointing_kwargs": {}})
+        for shape, fields in shapes.items()
+        for kernel in kernels
+        for checkpointing in (False, True)
+        if kernel != "eager" or not checkpointing
+    }
+
+
+def check_curves(runs, tolerance):
+    """Refuse to compare runs that do not train alike: tokens of each step equal, losses equal to `tolerance`."""
+    ours, theirs = runs["ours"][0], runs["trl"][0]
+    if ours["tokens"] != theirs["tokens"]:
+        raise SystemExit(f"the steps differ: tokens {ours['tokens']} (ours), {theirs['tokens']} (TRL)")
+    worst = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"]))
+    first, last = theirs["losses"][0], theirs["losses"][-1]
+    text = f"loss curves, {len(ours['losses'])} steps from {first:.4f} to {last:.4f}: largest difference {worst:.1e} of the loss"
+    if worst > tolerance:
+        raise SystemExit(f"{text}, more than {tolerance:.0e}\n{ours['losses']}\n{theirs['losses']}")
+    print(text)
+
+
+def table(runs):
+    """Medians, and the ratios of ours to the others, as markdown."""
+    speed, gib = ({side: statistics.median(r[key] for r in rs) for side, rs in runs.items()} for key in ("speed", "gib"))
+    print("\n| | tokens/s | peak GiB | ours: speed | ours: memory |\n|---|---|---|---|---|")
+    for side in runs:
+        ratios = f"{speed['ours'] / speed[side]:.2f}x | {gib['ours'] / gib[side]:.2f}x"
+        print(f"| {SHOWN[side]} | {speed[side]:.0f} | {gib[side]:.2f} | {ratios} |")
+    for side, rs in runs.items():
+        print(f"\n{SHOWN[side]}: " + ", ".join(f"{r['speed']:.1f} tokens/s in {r['gib']:.3f} GiB" for r in rs), end="")
+    print()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trial-steps", type=int, default=8, help="steps that each candidate for TRL packed is tried for; 0: take the first")
+    parser.add_argument("--model", help="folder or hub name; default: a random Llama of 25 million weights")
+    parser.add_argument("--data", help=".jsonl file of SFT rows; default: conversations of 50 to 800 random words")
+    parser.add_argument("--side", choices=["trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        return trl_side(options.job)
+    import torch
+
+    with tempfile.TemporaryDirectory() as options.work:
+        if not options.data:
+            options.data = f"{options.work}/rows.jsonl"
+            make_rows(options.data, options.steps * ROWS_PER_STEP)
+        if not options.model:
+            options.model = f"{options.work}/model"
+            make_model(options.model)
+        return compare(options, torch.cuda.is_available())
+
+
+def compare(options, cuda):
+    candidates = opponents()
+    trials = {}
+    for name, settings in candidates.items() if options.trial_steps else ():
+        trials[name] = measure("trl", settings, options, options.trial_steps)
+        print(f"TRL, {name}: {trials[name]['speed']:.1f} tokens/s in {trials[name]['gib']:.3f} GiB", flush=True)
+    best = max(trials, key=lambda name: trials[name]["speed"]) if trials else next(iter(candidates))
+    SHOWN["packed"] += f" ({best})"
+    runs = {"ours": [], "trl": [], "packed": []}
+    for _ in range(options.repeats):
+        for side, settings in (("ours", OURS), ("trl", {}), ("packed", candidates[best])):
+            runs[side].append(measure(side, settings, options, options.steps))
+            print(f"{SHOWN[side]}: {runs[side][-1]['speed']:.1f} tokens/s in {runs[side][-1]['gib']:.3f} GiB", flush=True)
+    check_curves(runs, 1e-2 if cuda else 1e-4)
+    table(runs)
+
+
+if __name__ == "__main__":
+    main()

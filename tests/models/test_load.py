@@ -1,0 +1,129 @@
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from families import COMMON, write
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from models import generate, load, sharding
+from train import toy
+from train.config import Fsdp, Model
+
+
+def ours(folder, **settings):
+    device = sharding.start_ranks(60)
+    return load.build(Model(str(folder), **settings), folder, Fsdp(), device, seed=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3_moe", "gemma3_text"])
+def test_weights_equal_from_pretrained(name, tmp_path):
+    write(name, tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    got = ours(tmp_path).state_dict()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[k].full_tensor().cpu(), expected[k]) for k in got)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3_moe"])
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000])
+def test_saved_folder_equals_the_original(name, max_shard_bytes, tmp_path):
+    """The same keys and bytes as transformers writes, in one file or several, and nothing temporary left behind."""
+    write(name, tmp_path / "base")
+    model = ours(tmp_path / "base")
+    load.save_pretrained(model, toy.tokenizer("tiny"), tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) > 1) == (max_shard_bytes < 2**30)
+    saved = {k: t for f in files for k, t in load_file(f).items()}
+    original = load_file(tmp_path / "base" / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[k], original[k]) for k in saved)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = torch.arange(3, 20)[None]
+    assert type(reloaded) is type(plain) and torch.equal(reloaded(ids).logits, plain(ids).logits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_saved_in_another_dtype(tmp_path):
+    write("llama", tmp_path / "base")
+    load.save_pretrained(ours(tmp_path / "base"), toy.tokenizer("tiny"), tmp_path / "out", torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_from_scratch_follows_the_seed_and_the_families_scheme(tmp_path):
+    write("llama", tmp_path)
+    device = sharding.start_ranks(60)
+    a, b, c = (
+        {
+            k: t.full_tensor()
+            for k, t in load.build(Model(str(tmp_path), from_scratch=True), tmp_path, Fsdp(), device, s).state_dict().items()
+        }
+        for s in (0, 0, 1)
+    )
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+    assert a["lm_head.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert (a["model.norm.weight"] == 1).all()
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    write("llama", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    extra = weights.pop("lm_head.weight")
+    save_file(weights | {"stranger.weight": extra}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its config.json: 1 missing keys, the first lm_head.weight; 1 unexpected keys"):
+        ours(tmp_path)
+
+
+def test_folders_that_are_no_model_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sharding.start_ranks(60)
+    with pytest.raises(ValueError, match="there is no folder './nowhere'"):
+        load.fetch(Model("./nowhere"))
+    with pytest.raises(ValueError, match="the hub did not give it"):
+        load.fetch(Model("no-such/model"))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="weights must be safetensors"):
+        load.weight_files(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    write("llama", tmp_path)
+    load.check_vocabulary(model := ours(tmp_path), COMMON["vocab_size"] - 1)
+    with pytest.raises(ValueError, match="token 61, but the model's embedding has 61 rows"):
+        load.check_vocabulary(model, 61)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_greedy_equals_transformers_generate(dtype, tmp_path):
+    write("qwen3", tmp_path)
+    model, tokenizer = ours(tmp_path, dtype=dtype), toy.tokenizer("tiny")
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
+    got = generate.greedy(model, tokenizer, prompts, max_new_tokens=12, batch_size=2)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=getattr(torch, dtype)).to(model.lm_head.weight.device)
+    stops = generate.stop_ids(model, tokenizer)
+    for prompt, answer in zip(prompts, got):
+        alone = plain.generate(
+            torch.tensor([prompt], device=plain.device), max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=0
+        )
+        assert answer == alone[0, len(prompt) :].tolist()
+    assert model.training and model.config._attn_implementation.startswith("packed_")
+    assert all(not p.to_local().isnan().any() and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_weights_are_whole_only_inside_gathered(tmp_path):
+    write("llama", tmp_path)
+    model = ours(tmp_path)
+    with sharding.gathered(model):
+        assert not hasattr(model.lm_head.weight, "to_local") and not model.training
+    assert hasattr(model.lm_head.weight, "to_local") and model.training
+
+
+def test_replicas_must_divide_the_ranks():
+    device = sharding.start_ranks(60)
+    with pytest.raises(ValueError, match=r"fsdp.replicas: 3 does not divide the 1 ranks"):
+        sharding.make_mesh(device, 3)
+    assert dist.get_world_size() == 1

@@ -1,0 +1,129 @@
+import math
+
+import pytest
+import torch
+from families import FAMILIES, write
+from torch.nn.utils import get_total_norm
+from transformers import AutoModelForCausalLM
+
+from models import load, logprobs, sharding
+from train.config import Fsdp, Model
+
+
+def rows(lengths, vocabulary=61, seed=0):
+    """A right-padded batch of random rows, scored from a third of each row on."""
+    g = torch.Generator().manual_seed(seed)
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (R, T)
+    loss = real & (torch.arange(max(lengths)) >= torch.tensor([max(1, n // 3) for n in lengths])[:, None])
+    ids = torch.randint(3, vocabulary, real.shape, generator=g) * real
+    return {"input_ids": ids, "attention_mask": real, "loss_mask": loss}
+
+
+def ours(folder, **settings):
+    device = sharding.start_ranks(60)
+    return load.build(Model(str(folder), **settings), folder, Fsdp(), device, seed=0)
+
+
+def head(vocabulary=23, hidden=8, tokens=17, bias=True):
+    g = torch.Generator().manual_seed(1)
+    h, w, b = torch.randn(tokens, hidden, generator=g), torch.randn(vocabulary, hidden, generator=g), torch.randn(vocabulary, generator=g)
+    return [t.requires_grad_() for t in ((h, w, b) if bias else (h, w))], torch.randint(vocabulary, (tokens,), generator=g)
+
+
+def test_by_hand():
+    """Logits (ln 2, 0, 0) give probabilities 1/2, 1/4, 1/4: log-prob ln 1/2, entropy 1.5 ln 2, and the target is the likeliest."""
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[math.log(2)], [0.0], [0.0]])
+    for implementation in (logprobs.eager, logprobs.chunked):
+        out = implementation(hidden, weight, None, torch.tensor([0]), (1.0, None, 1.0), ("entropy", "is_top1"))
+        assert out["logps"].item() == pytest.approx(math.log(0.5), abs=1e-6)
+        assert out["entropy"].item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+        assert out["is_top1"].item() == 1
+
+
+@pytest.mark.parametrize("transform", [(1.0, None, 1.0), (0.3, None, 1.0), (1.0, 2.0, 1.0), (2.5, 3.0, 0.7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunked_equals_eager(transform, bias, monkeypatch):
+    """Values and gradients, in several slices, under an upstream gradient that differs from token to token."""
+    monkeypatch.setattr(logprobs, "SLICE", 23 * 5)
+    upstream, results = torch.linspace(-2, 3, 17), []
+    for implementation in (logprobs.eager, logprobs.chunked):
+        inputs, labels = head(bias=bias)
+        hidden, weight, *rest = inputs
+        out = implementation(hidden, weight, rest[0] if rest else None, labels, transform, ("entropy", "is_top1"))
+        (out["logps"] * upstream).sum().backward()
+        assert not out["entropy"].requires_grad
+        results.append([*out.values(), *(t.grad for t in inputs)])
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 2e-6 * b.norm()
+
+
+def test_chunked_gradient_is_the_derivative(monkeypatch):
+    monkeypatch.setattr(logprobs, "SLICE", 23 * 4)
+    (hidden, weight, bias), labels = head(tokens=6)
+    double = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+
+    def logps(h, w, b):
+        z = 3.0 * torch.tanh((h @ w.t() + b) * 2.5 / 3.0) / 0.7
+        return z.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+    upstream = torch.linspace(-1, 2, 6).double()
+    expected = torch.autograd.grad((logps(*double) * upstream).sum(), double)
+    out = logprobs.chunked(hidden, weight, bias, labels, (2.5, 3.0, 0.7), ())["logps"]
+    got = torch.autograd.grad((out * upstream.float()).sum(), (hidden, weight, bias))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_equals_padded(name, tmp_path):
+    """Log-probs of rows packed end to end, and their gradient, equal those of transformers' own padded forward pass."""
+    write(name, tmp_path)
+    batch = rows([9, 3, 14, 6, 1])
+    model = ours(tmp_path)
+    out = {name: t.cpu() for name, t in logprobs.token_logps(model, batch, ("entropy", "is_top1")).items()}  # (R, T) each
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    scores = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"].long()).logits.log_softmax(-1)[:, :-1]
+    mask = batch["loss_mask"][:, 1:]
+    expected = scores.gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * mask
+    torch.testing.assert_close(out["logps"][:, 1:], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out["entropy"][:, 1:], -(scores.exp() * scores).sum(-1) * mask, rtol=1e-4, atol=1e-4)
+    assert (out["logps"][:, 0] == 0).all() and (out["is_top1"][:, 1:] == (scores.argmax(-1) == batch["input_ids"][:, 1:]) * mask).all()
+    upstream = torch.linspace(-1, 2, out["logps"].numel()).view_as(out["logps"])
+    (out["logps"] * upstream).sum().backward()
+    (expected * upstream[:, 1:]).sum().backward()
+    ours_norm = get_total_norm([p.grad for p in model.parameters()]).full_tensor().cpu()
+    torch.testing.assert_close(ours_norm, get_total_norm([p.grad for p in plain.parameters()]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"logprobs": "eager"}, {"dtype": "bfloat16"}])
+def test_rows_cannot_see_each_other(settings, tmp_path):
+    write("llama", tmp_path)
+    model = ours(tmp_path, **settings)
+    batch, other = rows([9, 3, 14]), rows([9, 3, 14], seed=1)
+    mixed = batch | {"input_ids": torch.cat([other["input_ids"][:1], batch["input_ids"][1:2], other["input_ids"][2:]])}
+    a, b = (logprobs.token_logps(model, x)["logps"] for x in (batch, mixed))
+    assert torch.equal(a[1], b[1]) and not torch.equal(a[0], b[0])
+    assert a.dtype == torch.float32
+
+
+def test_score_mask_widens_what_is_scored(tmp_path):
+    write("llama", tmp_path)
+    model, batch = ours(tmp_path), rows([9, 5])
+    wide = batch | {"score_mask": batch["attention_mask"] & (torch.arange(9) > 0)}
+    a, b = (logprobs.token_logps(model, x)["logps"].cpu() for x in (batch, wide))
+    assert torch.equal(a, b * batch["loss_mask"]) and (b[:, 1:] != 0).sum() == 12
+
+
+def test_a_batch_without_targets_has_a_backward_pass(tmp_path):
+    write("llama", tmp_path)
+    model, batch = ours(tmp_path), rows([9])
+    out = logprobs.token_logps(model, batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])}, ("entropy",))
+    out["logps"].sum().backward()
+    assert all(p.grad is not None and not p.grad.to_local().any() for p in model.parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the kernel")
+def test_attention_that_would_be_wrong_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="varlen needs a GPU"):
+        write("llama", tmp_path)
+        ours(tmp_path, attn_implementation="varlen")
