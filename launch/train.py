@@ -50,8 +50,8 @@ def run(cfg, device, progress):
     resumed = find_checkpoint(cfg)
     folder = toy.folder(cfg.model, cfg.output_dir) or load.fetch(cfg.model)
     tokenizer = load.load_tokenizer(cfg.model, folder)
-    rows = prepare(cfg, "train", tokenizer, algorithm.ROWS)
-    held_out = prepare(cfg, "eval", tokenizer, algorithm.ROWS) if cfg.data.eval else None
+    rows = prepare(cfg, "train", cfg.data.train, cfg.data.train_split, tokenizer, algorithm.ROWS)
+    held_out = prepare(cfg, "eval", cfg.data.eval, cfg.data.eval_split, tokenizer, algorithm.ROWS) if cfg.data.eval else None
     record = {"config": config.as_dict(cfg), "data": rows.fingerprint, "folder": str(Path(folder).resolve()), "ranks": ranks}
     if resumed:
         checkpoint.check_inputs(checkpoint.read_state(resumed), record)
@@ -139,11 +139,11 @@ def find_checkpoint(cfg):
     return folder
 
 
-def prepare(cfg, part, tokenizer, kind):
+def prepare(cfg, part, source, split, tokenizer, kind):
     """The tokenised rows of data.train or data.eval; the first rank of each host makes them, the others read its file."""
     path = Path(cfg.output_dir, "data", f"{part}.safetensors")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        rows = data.prepare(getattr(cfg.data, part), getattr(cfg.data, f"{part}_split"), cfg.data, tokenizer, kind)
+        rows = data.prepare(source, split, cfg.data, tokenizer, kind)
         path.parent.mkdir(exist_ok=True)
         rows.save(path)
         say(f"data.{part}: " + ", ".join(f"{name} {value}" for name, value in rows.report.items()))

@@ -8,7 +8,7 @@ from models.sharding import gathered
 
 
 @torch.no_grad()
-def greedy(model, tokenizer, prompts, max_new_tokens, batch_size=64):
+def greedy(model, tokenizer, prompts, max_new_tokens, batch_size=128):
     """Greedy continuations of `prompts` (lists of token ids), each a list of ids that ends with the end token or at the limit.
 
     Ranks may call it with different prompts, and different numbers of them, between collective operations.

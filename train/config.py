@@ -99,6 +99,8 @@ class Data:
     """Configuration (subset) of a hub dataset."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames, TRL's name to the file's: {prompt: question, completion: answer}."""
+    chat: bool = False
+    """Make a plain prompt and its completions the user's and the assistant's turn of the tokenizer's chat template."""
     max_length: int | None = 1024
     """Tokens; longer rows are cut at the end and counted. null: never cut."""
     completion_only_loss: bool | None = None

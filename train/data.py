@@ -13,22 +13,19 @@ Ids and masks are those of TRL 1.16's SFTTrainer. Where we depart from it:
 A new kind of rows is one entry in `KINDS` and one reader: `(row, form, cfg, tokenizer) -> ([Text, ...], {extra column: number})`.
 """
 
-import codecs
-import difflib
 import hashlib
 import json
 import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -37,6 +34,7 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from train import config
+from train.sources import BadRow, read, short
 
 CHUNK = 1000  # examples tokenised at once: enough to keep a fast tokenizer's threads busy
 AFTER = {  # role: what may come before it; None is the start
@@ -53,15 +51,6 @@ SYNONYMS = {
     "text": ("content", "document", "body", "story"),
 }
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-GAP = re.compile(r"[\s,]*")
-
-
-class BadRow(ValueError):
-    """One malformed row. `reason` is what it is counted under; the message adds what was got, expected, and the cure."""
-
-    def __init__(self, reason: str, got: object, expected: str, cure: str = ""):
-        self.reason = reason
-        super().__init__(f"{reason} (got {got}, expected {expected}{'; ' + cure if cure else ''})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,128 +118,6 @@ def _fingerprint(tensors: dict[str, Tensor], rows_per_example: int) -> str:
     return digest.hexdigest()
 
 
-def read(source: str, split: str = "train", config: str | None = None, columns: dict[str, str] | None = None) -> Iterator:
-    """Yields (where, row): where is "file.jsonl:LINE", "file.parquet:ROW" or "name[split]:ROW", row a dict, or the BadRow that
-    says why it is none. `columns` renames, new name to the file's. ValueError: nothing to read, or the first row lacks a column
-    that `columns` names."""
-    where, first = None, True
-    for where, row in _source(source, split, config):
-        if isinstance(row, dict):
-            absent = [old for old in (columns or {}).values() if old not in row]
-            if first and absent:
-                raise ValueError(f"{where}: data.columns renames {', '.join(absent)}, but the row has columns {', '.join(row)}")
-            if columns:
-                kept = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
-                row = kept | {new: row[old] for new, old in columns.items() if old in row}
-            first = False
-        yield where, row
-    if where is None:
-        raise ValueError(f"{source}: there are no rows in it")
-
-
-def _source(source: str, split: str, config: str | None) -> Iterator:
-    path, name = Path(source).expanduser(), f"{source}[{split}]"
-    if source.startswith("builtin:"):
-        from train.toy import dataset
-
-        rows = dataset(source.removeprefix("builtin:"), split)
-    elif path.is_file():
-        if path.suffix in (".jsonl", ".json"):
-            yield from (_json_lines if path.suffix == ".jsonl" else _json_file)(path, source)
-            return
-        if path.suffix != ".parquet":
-            raise ValueError(f"{source}: cannot read a {path.suffix or 'suffix-less'} file; expected .jsonl, .json or .parquet")
-        rows, name = datasets.Dataset.from_parquet(str(path)), source
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        rows = datasets.load_from_disk(str(path))
-        if isinstance(rows, datasets.DatasetDict) and split not in rows:
-            raise ValueError(f"{source}: no split {split!r}; it has {', '.join(rows)}")
-        rows, name = (rows[split], name) if isinstance(rows, datasets.DatasetDict) else (rows, source)
-    elif not path.exists() and _looks_like_path(source):
-        raise ValueError(f"{source}: {_nearest(path)}")
-    else:
-        try:
-            rows = datasets.load_dataset(source, config, split=split)
-        except Exception as error:  # dozens of types, from network to parsing: all mean that the name, split or config is wrong
-            what = "folder" if path.is_dir() else "no such file or folder, and the hub dataset"
-            raise ValueError(f"{source}: {what} cannot be loaded with config {config}, split {split}: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{name}:{number}", row
-
-
-def _looks_like_path(source: str) -> bool:
-    suffix = re.search(r"\.[A-Za-z]\w*$", source)  # not the .0 of org/name-v1.0
-    return bool(suffix) or source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"no such file, and no folder {path.parent}"
-    names = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1, 0)
-    return "no such file" + (f"; the nearest name in {path.parent} is {names[0]}" if names else f"; {path.parent} is empty")
-
-
-def _json_lines(path: Path, source: str) -> Iterator:
-    with open(path, "rb") as file:  # bytes: only \n ends a line, and a bad byte has a line number
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if line.strip():
-                yield f"{source}:{number}", _decode(line.strip())[0]
-
-
-def _json_file(path: Path, source: str) -> Iterator:
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if not data.lstrip().startswith(b"["):
-        yield from _json_lines(path, source)
-        return
-    try:
-        text = data.decode()
-        json.loads(text)  # from here on, the commas are known to be in place
-    except (ValueError, RecursionError) as error:
-        line = data.count(b"\n", 0, getattr(error, "start", 0)) + 1
-        raise ValueError(f"{source}:{getattr(error, 'lineno', line)}: broken JSON ({error}); expected a list of objects") from None
-    line, last, position = 1, 0, text.index("[") + 1
-    while text[position := GAP.match(text, position).end()] != "]":
-        line, last = line + text.count("\n", last, position), position
-        row, position = _decode(text, position)
-        assert position > last, row  # broken JSON ends at 0; the check above has seen to that
-        yield f"{source}:{line}", row
-
-
-def _decode(text: str | bytes, position: int = 0) -> tuple[dict | BadRow, int]:
-    """The object at `position` (for bytes: it must be all there is), or the BadRow that says why there is none, and its end."""
-    repeated = []
-
-    def pairs(items):
-        if len(row := dict(items)) < len(items):
-            repeated.append(next(key for key, count in Counter(key for key, _ in items).items() if count > 1))
-        return row
-
-    try:
-        line = text.decode() if isinstance(text, bytes) else text
-        row, end = json.JSONDecoder(object_pairs_hook=pairs).raw_decode(line, position)
-        if "\\u" in line[position:end]:  # "\ud83d" alone is half a character, which no tokenizer takes
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        return BadRow("not UTF-8", f"byte {error.object[error.start]:#04x} at {error.start + 1}", "UTF-8 text"), 0
-    except UnicodeEncodeError as error:
-        return BadRow("not Unicode text", f"{error.object[error.start]!r}, half a character", "whole characters"), end
-    except (ValueError, RecursionError) as error:
-        return BadRow("broken JSON", error, "one JSON object on a line"), 0
-    if isinstance(text, bytes) and line[end:].strip():
-        return BadRow("broken JSON", f"{_short(line[end:])} after the object", "one JSON object on a line"), end
-    if not isinstance(row, dict):
-        return BadRow("not an object", _short(row), 'a JSON object such as {"text": ...}'), end
-    if repeated:
-        return BadRow("duplicate key", f"{repeated[0]!r} twice in one object", "each key once"), end
-    return row, end
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
 class Text(NamedTuple):
     """What becomes one row."""
 
@@ -272,7 +139,7 @@ def _form(row: dict, kind: "Kind", cfg: config.Data, tokenizer) -> Form:
     if columns is None:
         raise ValueError(str(_missing(row, kind.forms)))
     if not isinstance(row[columns[0]], str | list):
-        raise BadRow("not a string", f"{_short(row[columns[0]])} in {columns[0]}", "text or a list of messages")
+        raise BadRow("not a string", f"{short(row[columns[0]])} in {columns[0]}", "text or a list of messages")
     chat, name = isinstance(row[columns[0]], list), tokenizer.name_or_path
     if chat and not tokenizer.chat_template:
         raise ValueError(f"rows are conversations, but the tokenizer {name!r} has no chat template; give it one")
@@ -304,7 +171,7 @@ def completions(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[lis
     for name, value in zip(form.columns, values):
         if not isinstance(value, list if form.conversational else str):
             reason = "not a list of messages" if form.conversational else "not a string"
-            raise BadRow(reason, f"{_short(value)} in {name}", "what the first row has")
+            raise BadRow(reason, f"{short(value)} in {name}", "what the first row has")
         if not (value if form.conversational else value.strip()):
             raise BadRow("empty completion" if name == "completion" else "empty content", f"{value!r} in {name}", "some text")
     both = len(values) == 2
@@ -347,12 +214,20 @@ def _chat(row: dict, messages: list, prompt_turns: int, cfg: config.Data, tokeni
     return Text(full, prompt, spans)
 
 
+TURNS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+
+
+def as_chat(row: dict) -> dict:
+    """The row with each plain prompt and answer as one turn of a conversation."""
+    return row | {k: [{"role": role, "content": row[k]}] for k, role in TURNS.items() if isinstance(row.get(k), str)}
+
+
 def _messages(messages: list) -> list[dict]:
     """The messages without their null fields, which templates would render as text. BadRow: what no template should be given."""
     cleaned, previous = [], None
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise BadRow("not a message", f"{_short(message)} as message {number}", "an object with role and content")
+            raise BadRow("not a message", f"{short(message)} as message {number}", "an object with role and content")
         message = {key: value for key, value in message.items() if value is not None}
         if "from" in message and "role" not in message:
             message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
@@ -366,7 +241,7 @@ def _messages(messages: list) -> list[dict]:
         if content is None and not message.get("tool_calls"):
             raise BadRow("message without content", keys, "role and content")
         if content is not None and not isinstance(content, str):
-            raise BadRow("not a string", f"{_short(content)} as content of message {number}", "text")
+            raise BadRow("not a string", f"{short(content)} as content of message {number}", "text")
         if not (content or "").strip() and role != "tool" and not message.get("tool_calls"):
             raise BadRow("empty content", f"{content!r} in message {number} ({role})", "some text", "leave an empty message out")
         if previous not in AFTER[role]:
@@ -425,6 +300,7 @@ def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str) -> 
         try:
             if isinstance(row, BadRow):
                 raise row
+            row = as_chat(row) if cfg.chat else row
             form = form or _form(row, plan, cfg, tokenizer)
             pending.append((where, *plan.read(row, form, cfg, tokenizer)))
         except BadRow as bad:

@@ -195,7 +195,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--trial-steps", type=int, default=8, help="steps that each candidate for TRL packed is tried for; 0: take the first")
+    parser.add_argument(
+        "--trial-steps", type=int, default=8, help="steps that each candidate for TRL packed is tried for; 0: take the first"
+    )
     parser.add_argument("--model", help="folder or hub name; default: a random Llama of 25 million weights")
     parser.add_argument("--data", help=".jsonl file of SFT rows; default: conversations of 50 to 800 random words")
     parser.add_argument("--side", choices=["trl"], help=argparse.SUPPRESS)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from train import batches, data
+from train import batches
 
 STEPS = 5
 BATCH = 8  # rows of a step

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from train import data
+from train import data, sources, toy
 from train.config import Data
 
 TEXTS = [
@@ -69,9 +69,8 @@ CHATS = [
     {"messages": turns("Hello", "\n\nHi there \n")},
     {"messages": turns("שלום", "🎉 مرحبا بالعالم 🎉", "a", "b", "c", "d")},
 ]
-CHAT_PAIR = [
-    {"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "chat_template_kwargs": {"enable_thinking": True}} for row in CHATS
-]
+CHAT_PAIR = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in CHATS]
+CHAT_PAIR = [row | {"chat_template_kwargs": {"enable_thinking": True}} for row in CHAT_PAIR]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}}
 CALL = [
     {"role": "user", "content": "Add 2 and 3"},
@@ -238,7 +237,7 @@ def test_sharegpt_equals_trl(tmp_path):
     rows = [{"conversations": [{names[k]: v for k, v in message.items()} for message in row["messages"]]} for row in CHATS]
     tok = tokenizer()
     assert_equal_to_trl(rows, tok, tmp_path)
-    with pytest.raises(ValueError, match=r":1: unknown role \(got 'human' in message 1, .*human is user, gpt and model are assistant"):
+    with pytest.raises(ValueError, match=r":1: unknown role \(got 'human' in message 1, .*; rename it in the file: human is user"):
         prepare(tmp_path, [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}], tok)
 
 
@@ -402,7 +401,8 @@ def test_long_rows_are_cut_or_dropped_and_counted(tmp_path):
     long = [GOOD_PAIR, {"prompt": "Hi", "completion": "x y " * 50}, {"prompt": "x y " * 50, "completion": "z"}]
     rows = prepare(tmp_path, long, tokenizer(), max_length=20)  # no error: on_bad_row is about malformed rows
     assert rows.report["truncated"] == 1 and rows.report["dropped"] == {"prompt fills max_length": 1}
-    assert rows.lengths.max() == 20 and "rows.jsonl:3: prompt fills max_length" in rows.report["first_dropped"]["prompt fills max_length"]
+    assert rows.lengths.max() == 20
+    assert "rows.jsonl:3: prompt fills max_length" in rows.report["first_dropped"]["prompt fills max_length"]
     assert len(prepare(tmp_path, long, tokenizer(), max_length=None)) == 3
     one = prepare(tmp_path, [{"text": "<|im_end|>"}, {"text": "a"}], tokenizer())
     assert one.report["dropped"] == {"no token to train on": 1} and one.report["truncated"] == 0
@@ -463,15 +463,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, monkeypatch):
     }.items():
         source = str(tmp_path / name)
         assert data.prepare(source, "test", Data(train=""), tok, "completions").fingerprint == want, name
-        assert next(iter(data.read(source, "test")))[0] == source + where
+        assert next(iter(sources.read(source, "test")))[0] == source + where
     with pytest.raises(ValueError, match=r"splits: no split 'train'; it has test"):
         data.prepare(str(tmp_path / "splits"), "train", Data(train=""), tok, "completions")
     (tmp_path / "list.json").write_text('\n[\n {"text": "a"},\n\n {"text": ""}, [],\n {"text": "b", "text": "c"}]')
-    bad = [(where.rsplit(":")[-1], getattr(row, "reason", None)) for where, row in data.read(str(tmp_path / "list.json"))]
+    bad = [(where.rsplit(":")[-1], getattr(row, "reason", None)) for where, row in sources.read(str(tmp_path / "list.json"))]
     assert bad == [("3", None), ("5", None), ("5", "not an object"), ("6", "duplicate key")]
     (tmp_path / "list.json").write_text('[{"text": "a"},\n {"text": "b"\n')
     with pytest.raises(ValueError, match=r"list.json:3: broken JSON"):
-        list(data.read(str(tmp_path / "list.json")))
+        list(sources.read(str(tmp_path / "list.json")))
 
 
 def test_sources_that_are_not_there(tmp_path):
@@ -483,19 +483,19 @@ def test_sources_that_are_not_there(tmp_path):
         "rows.csv": "cannot read a .csv file; expected .jsonl, .json or .parquet",
     }.items():
         with pytest.raises(ValueError, match=message):
-            next(iter(data.read(f"{tmp_path}/{source}")))
+            next(iter(sources.read(f"{tmp_path}/{source}")))
     for source in ("train.jsonl", "data/train.jsonl", "./train", "data\\train", "a/b/c"):
-        assert data._looks_like_path(source), source
+        assert sources._looks_like_path(source), source
     for source in ("gsm8k", "openai/gsm8k", "org/data-v1.0", "org/Llama-3.1-8B-rows"):
-        assert not data._looks_like_path(source), source
+        assert not sources._looks_like_path(source), source
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        with pytest.raises(ValueError, match=r"^org/none-v1.0: no such file or folder, and the hub dataset cannot be loaded .*main"):
-            next(iter(data.read("org/none-v1.0", config="main")))
+        with pytest.raises(ValueError, match=r"^org/none-v1.0: no such file .* hub dataset cannot be loaded with config main"):
+            next(iter(sources.read("org/none-v1.0", config="main")))
 
 
 def test_builtin_rows():
     toy = pytest.importorskip("train.toy")
-    where, row = next(iter(data.read("builtin:letters", "test")))
+    where, row = next(iter(sources.read("builtin:letters", "test")))
     assert where == "builtin:letters[test]:1" and row == toy.dataset("letters", "test")[0]
 
 
@@ -541,6 +541,30 @@ def test_rows_are_seen_one_by_one(tmp_path):
             rows.row(i)
 
 
+def test_a_new_kind_is_one_reader(tmp_path, monkeypatch):
+    """Two rows per example, a column of their own, one prompt: what pairs will need."""
+
+    def read(row, form, cfg, tok):
+        sides = [data.Text(row["prompt"] + row[side] + tok.eos_token, row["prompt"]) for side in ("chosen", "rejected")]
+        return sides, {"weight": row["weight"]}
+
+    monkeypatch.setitem(data.KINDS, "test", data.Kind((("prompt", "chosen", "rejected"),), 2, read))
+    examples = [
+        {"prompt": "Hi", "chosen": " there", "rejected": " you", "weight": 0.5},
+        {"prompt": "How many cl", "chosen": "ips", "rejected": " \n", "weight": 1.0},  # tokens merge in one side only
+        {"prompt": "x y " * 50, "chosen": "a", "rejected": "b", "weight": 2.0},
+    ]
+    tok, source = tokenizer(), write(tmp_path, examples)
+    rows = data.prepare(source, "train", Data(train="", max_length=30), tok, "test")
+    assert len(rows) == 2 and rows.rows_per_example == 2 and rows.report["dropped"] == {"prompt fills max_length": 1}
+    assert rows.columns["weight"].tolist() == [0.5, 0.5, 1.0, 1.0]
+    chosen, rejected = data.show(rows, tok, 1).split("]]\n")
+    assert chosen.split("[[")[0] == rejected.split("[[")[0] != "How many cl"
+    rows.save(tmp_path / "rows.safetensors")
+    again = data.Rows.load(tmp_path / "rows.safetensors")
+    assert again.columns["weight"].equal(rows.columns["weight"]) and again.rows_per_example == 2
+
+
 def test_show(tmp_path):
     tok = tokenizer()
     rows = prepare(tmp_path, CHATS, tok, assistant_only_loss=True)
@@ -563,3 +587,16 @@ def test_gsm8k_takes_seconds():
     full = tok(row["question"] + row["answer"] + "<|im_end|>")["input_ids"]
     assert rows.row(7000)[0].tolist() == full
     assert trained(rows, tok, 7000) in (row["answer"] + "<|im_end|>", row["question"][-1] + row["answer"] + "<|im_end|>")
+
+
+def test_chat_makes_turns_of_plain_text(tmp_path):
+    """A plain prompt and completion under data.chat give the ids and masks of the same two turns written out."""
+    tokenizer = toy.tokenizer("tiny")
+    plain, turns = tmp_path / "plain.jsonl", tmp_path / "turns.jsonl"
+    plain.write_text(json.dumps({"prompt": "Sort: ba", "completion": "ab"}))
+    turns.write_text(json.dumps(data.as_chat({"prompt": "Sort: ba", "completion": "ab"})))
+    a = data.prepare(str(plain), "train", Data(train="", chat=True), tokenizer, "completions")
+    b = data.prepare(str(turns), "train", Data(train=""), tokenizer, "completions")
+    c = data.prepare(str(plain), "train", Data(train=""), tokenizer, "completions")
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+    assert data.show(a, tokenizer).endswith("<|im_start|>assistant\n[[ab<|im_end|>\n]]")

@@ -33,9 +33,7 @@ def test_learning_rate_is_that_of_transformers(name, warmup_steps):
 @pytest.mark.parametrize("warmup_steps", [0, 6, 0.26])
 @pytest.mark.parametrize("decay_steps, count", [(0, 0), (1, 1), (5, 5), (0.31, 7), (18, 18)])  # 18: the decay begins within the warm-up
 def test_warmup_stable_decay_is_that_of_transformers(warmup_steps, decay_steps, count):
-    train = config.Train(
-        learning_rate=PEAK, lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup_steps, decay_steps=decay_steps
-    )
+    train = config.Train(learning_rate=PEAK, lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup_steps, decay_steps=decay_steps)
     expected = schedule_of_transformers("warmup_stable_decay", warmup_steps, {"num_decay_steps": count})
     assert [optim.learning_rate(train, TOTAL, step) for step in range(1, TOTAL + 1)] == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
