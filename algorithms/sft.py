@@ -11,13 +11,17 @@ from typing import Literal
 
 ROWS = "completions"
 REFERENCE = False
-BYPRODUCTS = ("entropy", "is_top1")
 
 
 @dataclass(frozen=True)
 class Config:
     loss_type: Literal["nll", "dft"] = "nll"
     """nll: cross-entropy; dft: weighted by the token's own probability."""
+
+
+def byproducts(cfg):
+    """What beside the log-probs the loss wants of the head."""
+    return ("entropy", "is_top1")
 
 
 def counts(batch):

@@ -4,6 +4,7 @@ One run from top to bottom: settings, ranks, data, model, optimizer, resume, loo
 and it goes on where it stood.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -15,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from algorithms import sft
+from algorithms import dpo, kto, orpo, sft, simpo
 from models import load, sharding
-from train import batches, checkpoint, config, data, log, loop, optim, toy
+from train import batches, checkpoint, config, data, log, loop, optim, reference, toy
 from train.log import say
 
-ALGORITHMS = {"sft": sft}
+ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo}
 
 
 def main():
@@ -28,6 +29,8 @@ def main():
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
     progress = {}
     try:
+        if cfg.model.model_name_or_path == "builtin:sft":
+            cfg = after_sft(cfg, device)
         state = run(cfg, device, progress)
         log.write_status(cfg.output_dir, state, progress["step"])
     except BaseException as e:
@@ -46,13 +49,18 @@ def main():
 def run(cfg, device, progress):
     """The run that `cfg` describes; returns "finished" or "preempted". progress["step"], once it writes, is the last finished step."""
     stop = catch_signals()
-    algorithm, rank, ranks = ALGORITHMS[cfg.algorithm], dist.get_rank(), dist.get_world_size()
+    algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     resumed = find_checkpoint(cfg)
     folder = toy.folder(cfg.model, cfg.output_dir) or load.fetch(cfg.model)
     tokenizer = load.load_tokenizer(cfg.model, folder)
-    rows = prepare(cfg, "train", cfg.data.train, cfg.data.train_split, tokenizer, algorithm.ROWS)
-    held_out = prepare(cfg, "eval", cfg.data.eval, cfg.data.eval_split, tokenizer, algorithm.ROWS) if cfg.data.eval else None
+    rows = prepare(cfg, "train", cfg.data.train, cfg.data.train_split, tokenizer, algorithm, settings)
+    held_out = prepare(cfg, "eval", cfg.data.eval, cfg.data.eval_split, tokenizer, algorithm, settings) if cfg.data.eval else None
     record = {"config": config.as_dict(cfg), "data": rows.fingerprint, "folder": str(Path(folder).resolve()), "ranks": ranks}
+    keys = {}
+    if algorithm.REFERENCE:
+        keys = {p: reference.key_of(part, cfg, folder, device) for p, part in (("train", rows), ("eval", held_out)) if part}
+        record["reference"] = keys["train"]
     if resumed:
         checkpoint.check_inputs(checkpoint.read_state(resumed), record)
         progress["step"] = checkpoint.read_state(resumed)["step"]
@@ -63,20 +71,39 @@ def run(cfg, device, progress):
 
     model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed)
     load.check_vocabulary(model, rows.report["max_token_id"])
-    optimizer = optim.make_optimizer(model, cfg.train)
-    state = checkpoint.load(resumed, model, optimizer) if resumed else {"step": 0, "num_tokens": 0}
-    first, last = state["step"] + 1, batches.steps_in(len(rows), cfg.train)
     parameters = sum(p.numel() for p in model.parameters())
-    attention = model.config._attn_implementation
-    steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
-    say(f"{parameters:,} parameters on {ranks} x {device.type}, {attention} attention; {steps}")
-
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
-    held = batches.micro_batches(held_out, range(len(held_out)), *dealt) if held_out else []
+    follower = None  # a reference model that follows the policy
+    if algorithm.REFERENCE and cfg.reference.sync_ref_model:
+        follower = reference.build(cfg, folder, device).requires_grad_(False)
+    elif algorithm.REFERENCE:
+        rows = reference.with_logps(rows, model, keys["train"], cfg, folder, device, dealt)
+        held_out = held_out and reference.with_logps(held_out, model, keys["eval"], cfg, folder, device, dealt)
+    optimizer = optim.make_optimizer(model, cfg.train)
+    state = checkpoint.load(resumed, model, optimizer, follower) if resumed else {"step": 0, "num_tokens": 0}
+    first, last = state["step"] + 1, batches.steps_in(len(rows), cfg.train)
+    steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
+    say(f"{parameters:,} parameters on {ranks} x {device.type}, {model.config._attn_implementation} attention; {steps}")
+
+    def complete(step):
+        step = reference.live(step, follower) if follower else step
+        return batches.with_statistics(step, model, algorithm, settings)
+
+    def source():
+        for number, step in enumerate(batches.offline_steps(rows, cfg.train, cfg.seed, first, *dealt[1:]), first):
+            if follower and number > 1 and due(number - 1, cfg.reference.ref_model_sync_steps):
+                reference.follow(follower, model, cfg.reference.ref_model_mixup_alpha)
+            yield complete(step)
+
+    held = batches.Step(batches.micro_batches(held_out, range(len(held_out)), *dealt), len(held_out), {}) if held_out else None
     journal = log.Log(cfg.output_dir, cfg.log, first, last)
 
     def test(step):
-        return evaluate(cfg, algorithm, model, tokenizer, held, held_out, journal, step, last) if held else {}
+        return evaluate(cfg, algorithm, model, tokenizer, complete(held), held_out, journal, step, last) if held else {}
+
+    def check(step, metrics):
+        if step == 1 and algorithm.REFERENCE and cfg.reference.model_name_or_path is None:
+            reference.check_first_step(metrics, settings.beta)
 
     def report(step, metrics, preempted):
         progress["step"] = step
@@ -85,16 +112,16 @@ def run(cfg, device, progress):
         journal.write(step, metrics)
         if step == last or preempted or due(step, cfg.checkpoint.save_steps):
             known = record | {"num_tokens": metrics["num_tokens"]}
-            checkpoint.save(cfg.output_dir, step, model, optimizer, known, cfg.checkpoint.save_total_limit)
+            checkpoint.save(cfg.output_dir, step, model, optimizer, known, cfg.checkpoint.save_total_limit, follower)
 
     if first == 1:
         journal.scalars(0, test(0))
     outcome = loop.train(
-        *(model, algorithm, getattr(cfg, cfg.algorithm), batches.offline_steps(rows, cfg.train, cfg.seed, first, *dealt[1:]), optimizer),
-        *(lambda step: optim.learning_rate(cfg.train, last, step), first, last),
+        *(model, algorithm, settings, source(), optimizer, lambda step: optim.learning_rate(cfg.train, last, step), first, last),
         num_tokens=state["num_tokens"],
         max_grad_norm=cfg.train.max_grad_norm,
         stopping=lambda: bool(stop),
+        check=check,
         report=report,
     )
     journal.close()
@@ -104,13 +131,23 @@ def run(cfg, device, progress):
     return outcome
 
 
+def after_sft(cfg, device):
+    """The config with the embedded SFT run's result as its model; that run is made first where it is not there yet."""
+    first = config.parse(["--config", str(config.RECIPES / "sft.yaml")])
+    final = Path(first.output_dir, "final")
+    if not final.exists():
+        say(f"{final} is not there yet: running the SFT recipe first")
+        run(first, device, {})
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, model_name_or_path=str(final)))
+
+
 def due(step, every):
     return bool(every) and step % every == 0
 
 
 def evaluate(cfg, algorithm, model, tokenizer, held, held_out, journal, step, last):
     """Held-out loss and, if asked for, generated answers, as `eval/` metrics; the last evaluation shows three answers."""
-    metrics, samples = loop.evaluate(model, algorithm, getattr(cfg, cfg.algorithm), held), []
+    metrics, samples = loop.evaluate(model, algorithm, getattr(cfg, cfg.algorithm), held.micro_batches), []
     if cfg.evaluation.generate:
         scores, samples = loop.answer(model, tokenizer, held_out, cfg.evaluation)
         metrics |= scores
@@ -139,18 +176,23 @@ def find_checkpoint(cfg):
     return folder
 
 
-def prepare(cfg, part, source, split, tokenizer, kind):
+def prepare(cfg, part, source, split, tokenizer, algorithm, settings):
     """The tokenised rows of data.train or data.eval; the first rank of each host makes them, the others read its file."""
     path = Path(cfg.output_dir, "data", f"{part}.safetensors")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        rows = data.prepare(source, split, cfg.data, tokenizer, kind)
+        rows = data.prepare(source, split, cfg.data, tokenizer, algorithm.ROWS)
         path.parent.mkdir(exist_ok=True)
         rows.save(path)
         say(f"data.{part}: " + ", ".join(f"{name} {value}" for name, value in rows.report.items()))
         if part == "train":
             say(data.show(rows, tokenizer))
     dist.barrier()
-    return data.Rows.load(path)
+    rows = data.Rows.load(path)
+    if getattr(algorithm, "SCORES_PROMPT", False):
+        rows = data.scoring_prompts(rows)
+    if algorithm.ROWS == "labelled" and algorithm.needs_step(settings):
+        rows = data.with_mismatched(rows, cfg.data.max_length)
+    return rows
 
 
 def catch_signals():

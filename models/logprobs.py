@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.sharding import reshard
+
 SLICE = 2**26  # elements of one slice of (tokens x vocabulary): 256 MiB in float32
-BYPRODUCTS = ("entropy", "is_top1")
 
 
 def token_logps(model, batch, byproducts=(), temperature=1.0):
@@ -19,12 +20,15 @@ def token_logps(model, batch, byproducts=(), temperature=1.0):
 
     batch: `input_ids` (R, T) int64, `attention_mask` (R, T) bool right-padded, `loss_mask` or the wider `score_mask` (R, T) bool,
     all on the CPU, so that shapes are known without waiting for the device. byproducts, each (R, T) float32 without a graph:
-    `entropy` of the predicted distribution (nats), `is_top1` (1 where the target is the likeliest token).
+    `entropy` of the predicted distribution (nats), `is_top1` (1 where the target is the likeliest token), `mean_logits` (over the
+    vocabulary), `log_sum_sq` (log of the sum of squared probabilities).
     """
     packed, (rows, columns) = pack(batch)
     device = model.lm_head.weight.device
     packed = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
     values = model.score(**packed, byproducts=tuple(byproducts), temperature=temperature)
+    if not torch.is_grad_enabled():
+        reshard(model)  # the groups that stay whole for the backward pass, which does not come
     where = (rows.to(device), columns.to(device))
     blank = torch.zeros(batch["input_ids"].shape, device=device)  # (R, T)
     return {name: blank.index_put(where, v) for name, v in values.items()}
@@ -127,6 +131,10 @@ def byproducts_of(z, lse, labels, names):
         out["entropy"] = lse - torch.einsum("mv,mv->m", p, z)
     if "is_top1" in names:
         out["is_top1"] = (z.argmax(-1) == labels).float()
+    if "mean_logits" in names:
+        out["mean_logits"] = z.sum(-1) / z.shape[-1]
+    if "log_sum_sq" in names:
+        out["log_sum_sq"] = (2 * z).logsumexp(-1) - 2 * lse
     return out
 
 

@@ -54,6 +54,7 @@ def shard(model, mesh, dtype, reshard_after_forward):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         module.reshards = reshard
     register_fsdp_forward_method(model, "score")
+    model.is_gathered = False
 
 
 def decoder_layers(model) -> list[nn.Module]:
@@ -65,12 +66,20 @@ def decoder_layers(model) -> list[nn.Module]:
     return layers
 
 
+def reshard(model):
+    """Free what a forward pass left whole, or `model.parameters()` would not be the sharded ones; not inside `gathered`."""
+    for part in () if model.is_gathered else model.modules():
+        if isinstance(part, FSDPModule) and not part.reshards:
+            part.reshard()
+
+
 @contextmanager
 def gathered(model):
     """Inside, every rank holds the whole model in its compute dtype and no forward pass communicates: ranks may differ in work."""
     parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     training = model.training
     model.eval()
+    model.is_gathered = True
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
@@ -78,6 +87,7 @@ def gathered(model):
         with torch.no_grad():
             yield
     finally:
+        model.is_gathered = False
         for part in parts:
             part.set_reshard_after_forward(part.reshards, recurse=False)
             part.reshard()

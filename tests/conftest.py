@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def data_file(tmp_path_factory):
         stream = random.Random(rows)
 
         def word(low, high):
-            return "".join(stream.choices(toy.LETTERS, k=low + int((high - low + 1) * stream.random() ** 2)))  # more short than long
+            length = low + int((high - low + 1) * stream.random() ** 2)  # more short than long
+            return "".join(stream.choices(toy.LETTERS, k=length))
 
         def row():
             if form == "text":
@@ -135,10 +137,10 @@ class Run:
     def __init__(self, settings, ranks, script="launch/train.py"):
         self.folder = Path(settings["output_dir"])
         self.console = Path(f"{self.folder}.console")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         with open(self.console, "ab") as console:
             self.process = subprocess.Popen(
-                [*launcher, ROOT / script, "--config", write_recipe(settings)],
+                [*torchrun, ROOT / script, "--config", write_recipe(settings)],
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 cwd=self.folder.parent,
                 stdout=console,
@@ -150,11 +152,12 @@ class Run:
         return psutil.Process(self.process.pid).children()
 
     def kill(self):
-        """SIGKILL to the launcher and to every process below it."""
+        """SIGKILL to torchrun and to every process below it."""
         if self.process.poll() is None:
-            launcher = psutil.Process(self.process.pid)
-            for process in [*launcher.children(recursive=True), launcher]:
-                process.kill()
+            torchrun = psutil.Process(self.process.pid)
+            for process in [*torchrun.children(recursive=True), torchrun]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
     def wait(self, code=0):

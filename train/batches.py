@@ -9,12 +9,17 @@ import zlib
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
+
+from models.logprobs import token_logps
 
 
 class Step(NamedTuple):
     micro_batches: list[dict]
     """Batches of rows, on the CPU. One that carries `placeholder` keeps this rank in step with the others and weighs nothing."""
+    examples: int
+    """Examples of the whole step, over all ranks."""
     metrics: dict
     """What the source itself knows of the step, equal on all ranks."""
 
@@ -39,7 +44,8 @@ def offline_steps(rows, train, seed, first, rank, ranks, quadratic):
     step = first
     while True:
         chosen = examples_of(step, len(rows), train.global_batch_size, seed)
-        yield Step(micro_batches(rows, chosen, train.micro_batch_tokens, rank, ranks, quadratic), {"rows": fingerprint(chosen)})
+        dealt = micro_batches(rows, chosen, train.micro_batch_tokens, rank, ranks, quadratic)
+        yield Step(dealt, len(chosen), {"rows": fingerprint(chosen)})
         step += 1
 
 
@@ -48,7 +54,7 @@ def micro_batches(rows, chosen, budget, rank, ranks, quadratic):
     k = rows.rows_per_example
     lengths = [int(rows.lengths[i * k : i * k + k].sum()) for i in chosen]
     work = [int((n + quadratic * n * n).sum()) for n in (rows.lengths[i * k : i * k + k].double() for i in chosen)]
-    return [collate(rows, [chosen[j] for j in bin]) for bin in deal(lengths, work, budget, ranks)[rank]]
+    return [collate(rows, chosen, bin) for bin in deal(lengths, work, budget, ranks)[rank]]
 
 
 def deal(lengths, work, budget, ranks):
@@ -80,20 +86,54 @@ def fill(lengths, work, budget, count, order):
     return bins
 
 
-def collate(rows, chosen):
-    """A batch of the examples `chosen`, right-padded; of none, a placeholder with every key that a real batch has."""
+def collate(rows, chosen, positions):
+    """A batch of the examples of a step (`chosen`) at `positions`, right-padded; of none, a placeholder with a real batch's keys."""
     k = rows.rows_per_example
-    index = [i * k + j for i in chosen or [0] for j in range(k)]
+    index = [chosen[p] * k + j for p in positions or [0] for j in range(k)]
     ids, masks = zip(*(rows.row(i) for i in index))
     batch = {
         "input_ids": pad_sequence(ids, batch_first=True),  # (R, T)
         "attention_mask": pad_sequence([torch.ones_like(m) for m in masks], batch_first=True),  # (R, T)
         "loss_mask": pad_sequence(masks, batch_first=True),  # (R, T)
-    } | {name: column[index] for name, column in rows.columns.items()}
-    if not chosen:
+        "positions": torch.tensor(positions or [0]),  # (examples,) in the step
+    }
+    cuts = [slice(int(rows.offsets[i]), int(rows.offsets[i + 1])) for i in index]
+    batch |= {name: pad_sequence([flat[cut] for cut in cuts], batch_first=True) for name, flat in rows.per_token.items()}  # (R, T)
+    batch |= {name: column[index] for name, column in rows.columns.items()}  # (R,)
+    if not positions:
         batch = {name: t[:, :2] if t.ndim == 2 else t for name, t in batch.items()}
-        batch |= {"loss_mask": torch.zeros_like(batch["loss_mask"]), "placeholder": torch.tensor(True)}
+        masks = {name: torch.zeros_like(batch[name]) for name in ("loss_mask", "score_mask") if name in batch}
+        batch |= masks | {"placeholder": torch.tensor(True)}
     return batch
+
+
+def with_statistics(step, model, algorithm, settings):
+    """The step with what its losses need to know of the other examples of all ranks: KTO's baseline, AOT's sorted partners.
+
+    One pass without gradients: `algorithm.summary` of each micro-batch, gathered in the step's order, and `algorithm.spread` of it all.
+    Labelled rows are followed by mismatched ones (train.data.with_mismatched), which serve here alone.
+    """
+    if not getattr(algorithm, "needs_step", lambda _: False)(settings):
+        return step
+    interleaved, table, kept = algorithm.ROWS == "labelled", None, []
+    for batch in step.micro_batches:
+        seen = every_second(batch, 1) if interleaved else batch
+        with torch.no_grad():
+            logps = token_logps(model, seen)["logps"].cpu()  # (R, T)
+        summary = algorithm.summary(logps, seen, settings).double()  # (examples, k)
+        table = torch.zeros(step.examples, summary.shape[1], dtype=torch.float64) if table is None else table
+        if "placeholder" not in batch:
+            table[batch["positions"]] = summary
+        kept.append(every_second(batch, 0) if interleaved else batch)
+    dist.all_reduce(table)
+    columns = {name: c.float() for name, c in algorithm.spread(table, settings).items()}  # (B, ...) each
+    return step._replace(micro_batches=[b | {name: c[b["positions"]] for name, c in columns.items()} for b in kept])
+
+
+def every_second(batch, first):
+    """Rows first, first + 2, ... of a batch; what is kept per example, or once, stays."""
+    rows = len(batch["input_ids"])
+    return {name: t[first::2] if t.ndim and len(t) == rows and name != "positions" else t for name, t in batch.items()}
 
 
 def fingerprint(chosen):

@@ -22,8 +22,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save(output_dir, step, model, optimizer, state, keep):
-    """Write `checkpoint-<step>` from all ranks, then drop all but the newest `keep` (None: keep all). state: what state.json records."""
+def save(output_dir, step, model, optimizer, state, keep, reference=None):
+    """Write `checkpoint-<step>` from all ranks, then drop all but the newest `keep` (None: keep all).
+
+    state: what state.json records. reference: a second model that training changes (TR-DPO).
+    """
     final = Path(output_dir, f"checkpoint-{step}")
     temporary = Path(output_dir, f".tmp-checkpoint-{step}")
     rank = dist.get_rank()
@@ -31,7 +34,7 @@ def save(output_dir, step, model, optimizer, state, keep):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    tensors, scalars = local_tensors(model, optimizer)
+    tensors, scalars = local_tensors(model, optimizer, reference)
     name = f"rank-{rank:05d}-of-{dist.get_world_size():05d}.safetensors"
     entry = write(temporary / name, tensors)
     entries = [torch.zeros_like(entry) for _ in range(dist.get_world_size())]
@@ -53,22 +56,23 @@ def save(output_dir, step, model, optimizer, state, keep):
     dist.barrier()
 
 
-def local_tensors(model, optimizer):
+def local_tensors(model, optimizer, reference):
     """This rank's slices {key: (local tensor, first row, whole shape)} of weights and optimizer state, and the state's scalars."""
     tensors, scalars = {}, {}
+    slices = {f"reference.{name}": p.detach() for name, p in reference.named_parameters()} if reference else {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        entries = {f"model.{name}": p.detach()}
+        slices[f"model.{name}"] = p.detach()
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, DTensor):
-                entries[f"optimizer.{key}.{name}"] = value
+                slices[f"optimizer.{key}.{name}"] = value
             else:
                 scalars[f"optimizer.{key}.{name}"] = float(value)
-        for key, value in entries.items():
-            rows = local_rows(value)
-            if rows is not None:
-                tensors[key] = (value.to_local().contiguous().cpu(), rows[0], list(value.shape))
+    for key, value in slices.items():
+        rows = local_rows(value)
+        if rows is not None:
+            tensors[key] = (value.to_local().contiguous().cpu(), rows[0], list(value.shape))
     return tensors, scalars
 
 
@@ -194,6 +198,9 @@ def check_inputs(state, inputs):
         for key in sorted(old | new)
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     ]
+    old, new = state.get("reference", {}), inputs.get("reference", {})
+    changed = [name for name in ("model", "weights") if old.get(name) != new.get(name)]
+    differences += [f"reference {name}: {old.get(name)} then, {new.get(name)} now" for name in changed]
     if state["data"] != inputs["data"]:
         differences.append("data.train: the tokenised rows differ")
     if differences:
@@ -212,7 +219,7 @@ def flat(settings, prefix=""):
 
 
 @torch.no_grad()
-def load(folder, model, optimizer=None):
+def load(folder, model, optimizer=None, reference=None):
     """Fill the model's trainable weights, and the optimizer's state, from a checkpoint of any number of ranks. Returns its state."""
     state = read_state(folder)
     files = [safe_open(f, framework="pt") for f in sorted(Path(folder).glob("rank-*.safetensors"))]
@@ -226,6 +233,8 @@ def load(folder, model, optimizer=None):
                 fill(p, f"model.{name}", where)
                 if optimizer is not None:
                     optimizer.state[p] = optimizer_state(p, name, where, state["optimizer_scalars"])
+        for name, p in reference.named_parameters() if reference else ():
+            fill(p, f"reference.{name}", where)
     except SafetensorError as e:
         raise ValueError(f"checkpoint.resume: {folder}: {e}") from e
     return state

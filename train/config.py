@@ -20,9 +20,13 @@ from typing import Literal, NoReturn, get_args, get_origin
 import jsonargparse
 import yaml
 
+from algorithms.dpo import Config as Dpo
+from algorithms.kto import Config as Kto
+from algorithms.orpo import Config as Orpo
 from algorithms.sft import Config as Sft
+from algorithms.simpo import Config as Simpo
 
-AlgorithmName = Literal["sft"]
+AlgorithmName = Literal["sft", "dpo", "simpo", "kto", "orpo"]
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"  # <algorithm>.yaml there is read when no --config is given
 
@@ -213,6 +217,25 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What DPO and KTO compare the policy with."""
+
+    model_name_or_path: str | None = None
+    """Hub name or local folder; null: the policy as it is before its first update."""
+    sync_ref_model: bool = False
+    """Let the reference follow the policy (TR-DPO)."""
+    ref_model_sync_steps: int = 512
+    """Optimizer steps between two updates of a synced reference."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the policy in such an update."""
+
+    def __post_init__(self):
+        at_least("reference", self, ref_model_sync_steps=1)
+        alpha = self.ref_model_mixup_alpha
+        require(0 < alpha <= 1, "reference.ref_model_mixup_alpha", alpha, "a number above 0 and up to 1")
+
+
+@dataclass(frozen=True)
 class Config:
     output_dir: str
     """Everything that the run writes goes here."""
@@ -227,7 +250,12 @@ class Config:
     fsdp: Fsdp = field(default_factory=Fsdp)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
+    reference: Reference = field(default_factory=Reference)
     sft: Sft = field(default_factory=Sft)
+    dpo: Dpo = field(default_factory=Dpo)
+    simpo: Simpo = field(default_factory=Simpo)
+    kto: Kto = field(default_factory=Kto)
+    orpo: Orpo = field(default_factory=Orpo)
 
     def __post_init__(self):
         require(self.output_dir, "output_dir", "", "a folder")

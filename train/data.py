@@ -20,7 +20,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, repeat
 from pathlib import Path
@@ -63,7 +63,8 @@ class Rows:
     rows_per_example: int  # 1; 2 for pairs
     columns: dict[str, Tensor]  # extras of each row, (R,)
     report: dict  # what was kept, truncated, dropped and why; JSON-able
-    fingerprint: str  # sha256 over all tensors: changes if and only if what is trained on changes
+    fingerprint: str  # sha256 over all tensors above: changes if and only if what is trained on changes
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # (N,) each, computed later: ref_logps, score_mask
 
     def __len__(self) -> int:
         """Number of examples: rows, or pairs of them."""
@@ -149,7 +150,10 @@ def _form(row: dict, kind: "Kind", cfg: config.Data, tokenizer) -> Form:
         raise ValueError(f"data.assistant_only_loss: true needs conversations (got text in {columns[0]}); set it to false")
     if cfg.assistant_only_loss and not tokenizer.is_fast:
         raise ValueError(f"data.assistant_only_loss: true needs a fast tokenizer (got {type(tokenizer).__name__} of {name!r})")
-    if cfg.completion_only_loss and "completion" not in columns:
+    if kind.read is not completions and (cfg.completion_only_loss is False or cfg.assistant_only_loss):
+        name = "assistant_only_loss" if cfg.assistant_only_loss else "completion_only_loss"
+        raise ValueError(f"data.{name}: preferences are learned from whole completions; leave it out")
+    if kind.read is completions and cfg.completion_only_loss and "completion" not in columns:
         raise ValueError(f"data.completion_only_loss: true needs prompt and completion (got {columns[0]}); set it to null")
     return Form(columns, chat)
 
@@ -181,6 +185,46 @@ def completions(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[lis
     full = "".join(values)
     full = full if values[-1].endswith(tokenizer.eos_token) else full + tokenizer.eos_token
     return [Text(full, values[0] if both and cfg.completion_only_loss is not False else None)], {}
+
+
+def preferences(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[list[Text], dict]:
+    """A chosen and a rejected answer to one prompt, which may also stand at the beginning of both."""
+    if not all(name in row for name in form.columns):
+        raise _missing(row, (form.columns,))
+    row = explicit(row)
+    if row["chosen"] == row["rejected"]:
+        raise BadRow("chosen equals rejected", short(row["chosen"]), "two different answers")
+    sides, plain = (row | {"completion": row[name]} for name in ("chosen", "rejected")), form._replace(columns=("prompt", "completion"))
+    return [completions(side, plain, cfg, tokenizer)[0][0] for side in sides], {}
+
+
+def labelled(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[list[Text], dict]:
+    """One answer to a prompt, labelled good or bad."""
+    texts, _ = completions(row, form._replace(columns=("prompt", "completion")), cfg, tokenizer)
+    if row.get("label") not in (True, False):  # also 0 and 1; null and NaN are neither
+        raise BadRow("label is not true or false", short(row.get("label")), "true or false in label")
+    return texts, {"desirable": bool(row["label"])}
+
+
+def explicit(row: dict) -> dict:
+    """A preference row with its prompt in a column of its own: what both answers begin with, by turns or by characters."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row or type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+        return row
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)) - 1)
+    if isinstance(chosen, str) and shared > 0 and chosen[shared - 1] == " ":
+        shared -= 1  # the space belongs to the answer's first token
+    if shared < 1:
+        raise BadRow("no shared prompt", short(chosen), "chosen and rejected that begin with the same prompt, or a prompt column")
+    return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def unpaired(row: dict) -> list[dict]:
+    """A preference row as a good and a bad labelled row; any other row as it is."""
+    if "label" in row or not {"chosen", "rejected"} <= row.keys():
+        return [row]
+    row = explicit(row)
+    return [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
 
 
 def _chat(row: dict, messages: list, prompt_turns: int, cfg: config.Data, tokenizer) -> Text:
@@ -272,9 +316,14 @@ class Kind(NamedTuple):
     forms: tuple[tuple[str, ...], ...]  # the columns that make a row; the first form that the first row has is taken
     rows_per_example: int
     read: Callable
+    expand: Callable = lambda row: [row]  # one row of the file -> the rows that are read
 
 
-KINDS = {"completions": Kind((("prompt", "completion"), ("messages",), ("text",), ("conversations",)), 1, completions)}
+KINDS = {
+    "completions": Kind((("prompt", "completion"), ("messages",), ("text",), ("conversations",)), 1, completions),
+    "pairs": Kind((("prompt", "chosen", "rejected"), ("chosen", "rejected")), 2, preferences),
+    "labelled": Kind((("prompt", "completion", "label"),), 1, labelled, unpaired),
+}
 
 
 class _Store:
@@ -300,16 +349,16 @@ def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str) -> 
         try:
             if isinstance(row, BadRow):
                 raise row
-            row = as_chat(row) if cfg.chat else row
-            form = form or _form(row, plan, cfg, tokenizer)
-            pending.append((where, *plan.read(row, form, cfg, tokenizer)))
+            for one in plan.expand(as_chat(row) if cfg.chat else row):
+                form = form or _form(one, plan, cfg, tokenizer)
+                pending.append((where, *plan.read(one, form, cfg, tokenizer)))
         except BadRow as bad:
             if cfg.on_bad_row == "error":
                 raise ValueError(f"{where}: {bad}") from bad
             store.drop(where, bad.reason, str(bad))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if len(pending) == CHUNK:
+        if len(pending) >= CHUNK:
             _tokenise(pending, store, form, cfg, tokenizer)
             pending = []
     if pending:
@@ -397,6 +446,37 @@ def _rows(source: str, split: str, form: Form | None, plan: Kind, store: _Store,
     }
     fingerprint = _fingerprint(_tensors(ids, mask, offsets, columns), plan.rows_per_example)
     return Rows(ids, mask, offsets, plan.rows_per_example, columns, report, fingerprint)
+
+
+def scoring_prompts(rows: Rows) -> Rows:
+    """Pairs whose chosen rows are to be scored whole, prompt included: adds `score_mask`."""
+    mask = rows.loss_mask.clone()  # (N,)
+    for first, end in zip(rows.offsets[:-1:2].tolist(), rows.offsets[1::2].tolist()):
+        mask[first + 1 : end] = True
+    return replace(rows, per_token=rows.per_token | {"score_mask": mask})
+
+
+def with_mismatched(rows: Rows, max_length: int | None) -> Rows:
+    """Each row followed by a mismatched one: its prompt with the completion of the nearest row before it that has another prompt.
+
+    Rows 2i and 2i + 1 make example i. ValueError where all rows have one prompt.
+    """
+    cuts = list(zip(rows.offsets[:-1].tolist(), rows.offsets[1:].tolist()))
+    starts = [first + int(rows.loss_mask[first:end].int().argmax()) for first, end in cuts]
+    prompts = [rows.input_ids[first:start] for (first, _), start in zip(cuts, starts)]
+    ids, masks = [], []
+    for i, (first, end) in enumerate(cuts):
+        other = next((j % len(cuts) for j in range(i - 1, i - len(cuts), -1) if not torch.equal(prompts[j], prompts[i])), None)
+        if other is None:
+            raise ValueError("data.train: KTO's baseline needs two different prompts; or set kto.loss_type: apo_zero_unpaired")
+        completion = rows.input_ids[starts[other] : cuts[other][1]]
+        mixed = torch.cat([prompts[i], completion])[:max_length]  # (T,)
+        ids += [rows.input_ids[first:end], mixed]
+        masks += [rows.loss_mask[first:end], torch.arange(len(mixed)) >= len(prompts[i])]
+    offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)  # (2R + 1,)
+    columns = {name: column.repeat_interleave(2) for name, column in rows.columns.items()}
+    tensors = (torch.cat(ids), torch.cat(masks), offsets)
+    return Rows(*tensors, 2, columns, rows.report, _fingerprint(_tensors(*tensors, columns), 2))
 
 
 def show(rows: Rows, tokenizer, i: int = 0, colour: bool = False) -> str:

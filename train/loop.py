@@ -17,10 +17,11 @@ from models.generate import greedy
 from models.logprobs import token_logps
 
 
-def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num_tokens, max_grad_norm, stopping, report):
+def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num_tokens, max_grad_norm, stopping, check, report):
     """Optimizer steps `first` to `last`. Returns "finished", or "preempted" after the step in which `stopping()` was true on any rank.
 
-    source: generator of train.batches.Step. lr: step -> learning rate. num_tokens: seen before `first`. report(step, metrics, preempted):
+    source: generator of train.batches.Step. lr: step -> learning rate. num_tokens: seen before `first`. check(step, metrics): called
+    before each update, to stop the run by raising. report(step, metrics, preempted):
     called on every rank after each update, to log, evaluate and save. Raises FloatingPointError before the update where loss or gradient
     norm is not finite.
     """
@@ -28,7 +29,7 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
     parameters = [p for p in model.parameters() if p.requires_grad]
     for step in range(first, last + 1):
         began = time.perf_counter()
-        micro_batches, known = next(source)
+        micro_batches, _, known = next(source)
         waited = time.perf_counter() - began
         totals = total_counts(algorithm, micro_batches, stopping())
         preempted = totals.pop("stopping") > 0
@@ -43,6 +44,7 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
                 f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite, so training stopped before the "
                 f"update (rows {known.get('rows')}). Likely causes: a learning rate too high, or broken weights or data"
             )
+        check(step, metrics)
         if max_grad_norm:
             clip_grads_with_norm_(parameters, max_grad_norm, norm)
         for group in optimizer.param_groups:
@@ -71,20 +73,20 @@ def evaluate(model, algorithm, settings, micro_batches):
 def total_counts(algorithm, micro_batches, stopping):
     """What the step's losses divide by, summed over micro-batches and ranks; with it `stopping` and the number of all tokens.
 
-    Raises ValueError where a count is zero: there is nothing to learn from.
+    Raises ValueError where no token is trained: there is nothing to learn from.
     """
-    mine = {"stopping": float(stopping), "all_tokens": 0.0}
+    mine = {"stopping": float(stopping), "all_tokens": 0.0, "trained_tokens": 0.0}
     for batch in micro_batches:
         weight = weight_of(batch)
         mine["all_tokens"] += weight * float(batch["attention_mask"].sum())
+        mine["trained_tokens"] += weight * float(batch["loss_mask"].sum())
         for name, value in algorithm.counts(batch).items():
             mine[name] = mine.get(name, 0.0) + weight * float(value)
     sums = torch.tensor(list(mine.values()), dtype=torch.float64)
     dist.all_reduce(sums)
     totals = dict(zip(mine, sums.tolist()))
-    empty = [name for name, value in totals.items() if value == 0 and name != "stopping"]
-    if empty:
-        raise ValueError(f"the step has no {empty[0]}: nothing of it is trained (see the masks of data.train, and data.max_length)")
+    if not totals["trained_tokens"]:
+        raise ValueError("no token of the step is trained: see the masks of data.train, and data.max_length")
     return totals
 
 
@@ -92,7 +94,7 @@ def accumulate(model, algorithm, settings, micro_batches, totals, device, backwa
     """This rank's share of the step's loss and metrics (0-d tensors), and of its gradients where `backward`."""
     ranks, sums = dist.get_world_size(), {}
     for batch in micro_batches:
-        scored = token_logps(model, batch, algorithm.BYPRODUCTS)
+        scored = token_logps(model, batch, algorithm.byproducts(settings))
         on_device = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
         loss, metrics = algorithm.loss(scored.pop("logps"), on_device | scored, totals, settings)
         weight = weight_of(batch)

@@ -24,7 +24,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|im_end|>", "<|im_start|>", "<|pad|>"]
-ROWS = {"train": 12000, "test": 200}
+ROWS = {"letters": {"train": 12000, "test": 200}, "capitals": {"train": 4000, "test": 200}}
 
 
 def known(name, names, what):
@@ -68,26 +68,24 @@ def model_config(name):
 
 
 def dataset(name, split):
-    """Rows of {"prompt": [...], "completion": [...]}, conversational; no word of `test` is in `train`."""
-    known(name, ("letters",), "data set")
-    if split not in ROWS:
-        raise ValueError(f"builtin:{name} has the splits {', '.join(ROWS)}, not {split!r}")
+    """Conversational rows; no word of `test` is in `train`. letters: prompt and completion; capitals: the answer in capitals preferred."""
+    known(name, ("letters", "capitals"), "data set")
+    if split not in ROWS[name]:
+        raise ValueError(f"builtin:{name} has the splits {', '.join(ROWS[name])}, not {split!r}")
     stream, seen, splits = random.Random(0), set(), {}
     for part in ("test", "train"):
         rows = splits[part] = []
-        while len(rows) < ROWS[part]:
+        while len(rows) < ROWS[name][part]:
             word = "".join(stream.choices(LETTERS, k=stream.randint(4, 7)))
             if part == "test":
                 seen.add(word)
             elif word in seen:
                 continue
             task = stream.choice(list(TASKS))
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": f"{task}: {word}"}],
-                    "completion": [{"role": "assistant", "content": TASKS[task](word)}],
-                }
-            )
+            prompt, answer = [{"role": "user", "content": f"{task}: {word}"}], TASKS[task](word)
+            plain, capitals = ([{"role": "assistant", "content": text}] for text in (answer, answer.upper()))
+            answers = {"completion": plain} if name == "letters" else {"chosen": capitals, "rejected": plain}
+            rows.append({"prompt": prompt, **answers})
     return splits[split]
 
 

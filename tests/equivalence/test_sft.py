@@ -25,7 +25,7 @@ def test_run_equals_trl(packing, accumulation, form, shape, loss_type, model_fol
     expected, steps, weights = train_trl(folder, file, packing, accumulation, loss_type, tmp_path / "trl")
     if packing:
         assert max(map(len, steps)) > BATCH, "nothing was packed"
-        monkeypatch.setattr(batches, "offline_steps", lambda rows, *rest: rows_as_trl_packed_them(rows, steps, *rest))
+        take_rows_of(steps, monkeypatch)
     settings = {
         "output_dir": str(tmp_path / "ours"),
         "model.model_name_or_path": folder,
@@ -106,12 +106,16 @@ def documents_of(inputs):
     return [(tuple(i.tolist()), tuple((t[1:] != -100).tolist())) for i, t in parts]
 
 
-def rows_as_trl_packed_them(rows, steps, train, seed, first, rank, ranks, quadratic):
-    """A source of steps like batches.offline_steps, with our rows of the documents that TRL had in each step."""
-    index = {}
-    for i in range(len(rows)):
-        ids, mask = rows.row(i)
-        index[tuple(ids.tolist()), tuple(mask[1:].tolist())] = i
-    for documents in steps:
-        chosen = [index[document] for document in documents]
-        yield batches.Step(batches.micro_batches(rows, chosen, train.micro_batch_tokens, rank, ranks, quadratic), {})
+def take_rows_of(steps, monkeypatch):
+    """Each step of our run takes the rows that TRL had in it, found by their ids and masks."""
+    offline_steps = batches.offline_steps
+
+    def source(rows, *rest):
+        index = {}
+        for i in range(len(rows)):
+            ids, mask = rows.row(i)
+            index[tuple(ids.tolist()), tuple(mask[1:].tolist())] = i
+        monkeypatch.setattr(batches, "examples_of", lambda step, *_: [index[document] for document in steps[step - 1]])
+        return offline_steps(rows, *rest)
+
+    monkeypatch.setattr(batches, "offline_steps", source)

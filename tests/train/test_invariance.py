@@ -8,7 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from algorithms import sft
 from launch import train as launcher
@@ -52,7 +55,12 @@ def test_hardware_changes_nothing(shape, ranks, replicas, micro_batch_tokens, mo
             assert ours[key] == pytest.approx(expected[key], rel=tolerance), f"{key} of step {ours['step']}"
         for key in ("step", "rows", "num_tokens", "learning_rate"):
             assert ours[key] == expected[key]
+    final = load_file(tmp_path / "whole" / "final" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "split" / "final" / "model.safetensors").items():
+        torch.testing.assert_close(weight, final[name], rtol=0, atol=1e-5)
     assert has_empty_micro_batch(tmp_path / "split", ranks, micro_batch_tokens) == (ranks == 4)
+    files = (tmp_path / "split" / f"checkpoint-{STEPS}").glob("rank-*.safetensors")
+    assert sum(bool(safe_open(f, "pt").keys()) for f in files) == ranks // replicas  # only one replica writes
 
 
 def has_empty_micro_batch(output_dir, ranks, micro_batch_tokens):
@@ -111,7 +119,8 @@ def train_and_watch():
     cfg = config.parse()
     device = sharding.start_ranks(60)
     launcher.run(cfg, device, {"step": 0})
-    Path(cfg.output_dir, f"seen-{dist.get_rank()}.json").write_text(json.dumps({name: sorted(values) for name, values in seen.items()}))
+    text = json.dumps({name: sorted(values) for name, values in seen.items()})
+    Path(cfg.output_dir, f"seen-{dist.get_rank()}.json").write_text(text)
     dist.destroy_process_group()
 
 

@@ -22,20 +22,25 @@ def schedule_of_transformers(name, warmup_steps, kwargs):
     return rates
 
 
+def schedule_of_ours(train):
+    return [optim.learning_rate(train, TOTAL, step) for step in range(1, TOTAL + 1)]
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 1, 6, 0.26, TOTAL])  # 0.26: 5.2 of 20 steps, rounded up
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_learning_rate_is_that_of_transformers(name, warmup_steps):
     train = config.Train(learning_rate=PEAK, lr_scheduler_type=name, warmup_steps=warmup_steps)
     expected = schedule_of_transformers({"constant": "constant_with_warmup"}.get(name, name), warmup_steps, None)
-    assert [optim.learning_rate(train, TOTAL, step) for step in range(1, TOTAL + 1)] == pytest.approx(expected, rel=1e-12, abs=1e-18)
+    assert schedule_of_ours(train) == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 6, 0.26])
-@pytest.mark.parametrize("decay_steps, count", [(0, 0), (1, 1), (5, 5), (0.31, 7), (18, 18)])  # 18: the decay begins within the warm-up
+@pytest.mark.parametrize("decay_steps, count", [(0, 0), (1, 1), (5, 5), (0.31, 7), (18, 18)])  # 18: begins within the warm-up
 def test_warmup_stable_decay_is_that_of_transformers(warmup_steps, decay_steps, count):
-    train = config.Train(learning_rate=PEAK, lr_scheduler_type="warmup_stable_decay", warmup_steps=warmup_steps, decay_steps=decay_steps)
-    expected = schedule_of_transformers("warmup_stable_decay", warmup_steps, {"num_decay_steps": count})
-    assert [optim.learning_rate(train, TOTAL, step) for step in range(1, TOTAL + 1)] == pytest.approx(expected, rel=1e-12, abs=1e-18)
+    name = "warmup_stable_decay"
+    train = config.Train(learning_rate=PEAK, lr_scheduler_type=name, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    expected = schedule_of_transformers(name, warmup_steps, {"num_decay_steps": count})
+    assert schedule_of_ours(train) == pytest.approx(expected, rel=1e-12, abs=1e-18)
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma3"])

@@ -26,7 +26,7 @@ def settings(model_folder, data_file):
             "model.model_name_or_path": model_folder("llama"),
             "data.train": data_file("completion", 50),
             "data.eval": data_file("text", 10),
-            "evaluation.steps": 2,
+            "evaluation.steps": 1,
             "train.global_batch_size": 16,
             "train.micro_batch_tokens": 64,
             "train.max_steps": STEPS,
@@ -72,7 +72,7 @@ def assert_same_bytes(run, whole):
 
 def test_killed_and_started_again_gives_the_same_bytes(settings, start, whole, tmp_path):
     run = start(settings(tmp_path / "run"), 2)
-    until(run, SAVE_STEPS + 2)
+    until(run, SAVE_STEPS + 1)
     run.kill()
     assert run.status()["state"] == "running"
     assert [*checkpoint.found(run.folder)] == [SAVE_STEPS]
@@ -87,8 +87,8 @@ def test_preempted_and_started_again_gives_the_same_bytes(settings, start, whole
     until(run, 2)
     run.workers()[1].send_signal(signal.SIGTERM)
     step = run.wait().status()["step"]
-    assert run.status()["state"] == "preempted" and step < SAVE_STEPS
-    assert [*checkpoint.found(run.folder)] == [step] == [run.metrics()[-1]["step"]]
+    assert run.status()["state"] == "preempted" and step < STEPS
+    assert step == max(checkpoint.found(run.folder)) == len(run.metrics())
     assert not (run.folder / "final").exists()
     assert_same_bytes(start(settings(tmp_path / "run"), 2).wait(), whole)
 
@@ -154,13 +154,14 @@ def test_other_settings_are_refused_one_by_one(settings, copied, train_here, dat
     changes = {"train.learning_rate": 2e-3, "seed": 7, "data.train": data_file("completion", 49), "train.micro_batch_tokens": 4096}
     with pytest.raises(ValueError, match="checkpoint of step 10 was made with other settings") as error:
         train_here(settings(copied, changes))
-    for difference in ("train.learning_rate: 0.001 then, 0.002 now", "seed: 42 then, 7 now", "data.train: the tokenised rows differ"):
-        assert difference in str(error.value)
+    assert "train.learning_rate: 0.001 then, 0.002 now" in str(error.value)
+    assert "seed: 42 then, 7 now" in str(error.value)
+    assert "data.train: the tokenised rows differ" in str(error.value)
     assert "micro_batch_tokens" not in str(error.value), "it changes nothing that is trained"
 
 
 def test_used_folder_is_refused_where_asked(settings, copied, train_here):
-    with pytest.raises(ValueError, match="checkpoint.resume: never"):
+    with pytest.raises(ValueError, match=r"^checkpoint\.resume: never"):
         train_here(settings(copied, {"checkpoint.resume": "never"}))
 
 
@@ -169,7 +170,7 @@ def test_keeps_the_newest_checkpoints(settings, train_here, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-5"]
 
 
-DIVERGING = {"train.learning_rate": 1e30, "train.warmup_steps": 0, "checkpoint.save_steps": 1, "data.eval": None, "evaluation.steps": 0}
+DIVERGING = {"train.learning_rate": 1e30, "train.warmup_steps": 0, "checkpoint.save_steps": 1}
 
 
 def test_stops_before_an_update_that_is_not_finite(settings, train_here, tmp_path, monkeypatch):

@@ -1,0 +1,126 @@
+"""The reference's per-token log-probs: computed once, kept on disk, keyed by everything they depend on.
+
+The reference is the policy itself before its first update, or a named model. A synced reference (TR-DPO,
+https://arxiv.org/abs/2404.09656, equation 6) lives beside the policy and follows it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from models import attention, load, sharding
+from models.logprobs import token_logps
+from train.batches import micro_batches
+from train.log import say
+
+PART = 2048  # examples of one file: what a kill during this pass can cost
+
+
+def build(cfg, folder, device):
+    """The reference model: the named one, or the policy as it is before its first update."""
+    name = cfg.reference.model_name_or_path
+    if name is None:
+        return load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed)
+    named = dataclasses.replace(cfg.model, model_name_or_path=name, model_revision=None, from_scratch=False)
+    return load.build(named, load.fetch(named), cfg.fsdp, device, cfg.seed)
+
+
+def key_of(rows, cfg, folder, device):
+    """Everything that reference log-probs depend on; the weights by a digest of their files, or of their shape and seed."""
+    own = cfg.reference.model_name_or_path is None
+    drawn = own and (cfg.model.from_scratch or cfg.model.model_name_or_path.startswith("builtin:"))
+    dtype, digest = sharding.compute_dtype(cfg.model.dtype, device), hashlib.sha256()
+    for file in sorted(Path(folder if own else cfg.reference.model_name_or_path).glob("*.json" if drawn else "*.safetensors")):
+        with open(file, "rb") as f:
+            digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
+    return {
+        "rows": rows.fingerprint,
+        "model": cfg.reference.model_name_or_path or cfg.model.model_name_or_path,
+        "weights": digest.hexdigest()[:16] + (f" drawn from seed {cfg.seed}" if drawn else ""),
+        "attention": attention.choose(cfg.model.attn_implementation, device, dtype),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def with_logps(rows, policy, key, cfg, folder, device, dealt):
+    """The rows with `ref_logps`, from the cache of `output_dir` as far as it has them. dealt: (budget, rank, ranks, quadratic).
+
+    It is called before a checkpoint is loaded, so `policy` still is the reference, also when a run is resumed without its cache.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    cache = Path(cfg.output_dir, "reference", name)
+    writes = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if writes:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "key.json").write_text(json.dumps(key, indent=1) + "\n")
+    dist.barrier()
+    starts = range(0, len(rows), PART)
+    absent = [start for start in starts if not (cache / f"{start:09d}.safetensors").exists()]
+    missing = torch.tensor(absent + [-1] * (len(starts) - len(absent)))
+    dist.broadcast(missing, 0)  # ranks must agree on what is left to compute
+    todo = [start for start in missing.tolist() if start >= 0]
+    model = build(cfg, folder, device) if todo and cfg.reference.model_name_or_path else policy
+    for start in todo:
+        chosen = range(start, min(start + PART, len(rows)))
+        logps = score(model, rows, chosen, dealt)
+        if writes:
+            temporary = cache / f".{start}.{os.getpid()}"
+            save_file({"ref_logps": logps}, temporary)
+            os.replace(temporary, cache / f"{start:09d}.safetensors")
+        say(f"reference log-probs: {chosen[-1] + 1} of {len(rows)} examples")
+    dist.barrier()
+    parts = [load_file(cache / f"{start:09d}.safetensors")["ref_logps"] for start in starts]
+    return dataclasses.replace(rows, per_token=rows.per_token | {"ref_logps": torch.cat(parts)})
+
+
+def check_first_step(metrics, beta):
+    """Before the first update the policy is its own reference: rewards are 0, and DPO's loss is ln 2. ValueError where they are not."""
+    for name in ("rewards/chosen", "rewards/rejected"):
+        if abs(metrics[name]) / beta > 0.2:
+            raise ValueError(
+                f"step 1: {name} is {metrics[name]:.4g}, expected 0, because the policy has not been updated yet. The reference's "
+                "log-probs are not the policy's: is dropout on, or was the cache in output_dir/reference made elsewhere?"
+            )
+
+
+@torch.no_grad()
+def score(model, rows, chosen, dealt):
+    """Log-probs of consecutive examples by a model, laid out as their tokens are, (n,) float32, whole on every rank."""
+    k = rows.rows_per_example
+    base = int(rows.offsets[chosen[0] * k])
+    out = torch.zeros(int(rows.offsets[(chosen[-1] + 1) * k]) - base)  # (n,)
+    training = model.training
+    model.eval()
+    for batch in micro_batches(rows, chosen, *dealt):
+        logps = token_logps(model, batch)["logps"].cpu()  # (R, T)
+        if "placeholder" in batch:
+            continue
+        for i, row in enumerate(j for p in batch["positions"].tolist() for j in range(chosen[p] * k, chosen[p] * k + k)):
+            first, end = int(rows.offsets[row]) - base, int(rows.offsets[row + 1]) - base
+            out[first:end] = logps[i, : end - first]
+    model.train(training)
+    dist.all_reduce(out)
+    return out
+
+
+def live(step, model):
+    """The step with `ref_logps` by a model that changes during training."""
+    return step._replace(micro_batches=[batch | {"ref_logps": token_logps_of(model, batch)} for batch in step.micro_batches])
+
+
+@torch.no_grad()
+def token_logps_of(model, batch):
+    return token_logps(model, batch)["logps"].cpu()
+
+
+@torch.no_grad()
+def follow(reference, policy, mixup):
+    """TR-DPO's update of the reference, reference <- mixup * policy + (1 - mixup) * reference, slice by slice on each rank."""
+    for theirs, ours in zip(reference.parameters(), policy.parameters()):
+        theirs.to_local().lerp_(ours.to_local(), mixup)
