@@ -25,52 +25,6 @@ from algorithms.pairs import counts  # noqa: F401  part of an algorithm's interf
 ROWS = "pairs"
 REFERENCE = True
 
-LossType = Literal[
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero"),
-    *("apo_down", "discopop", "sft", "sigmoid_norm", "dpop"),
-]
-ANY_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-SORTED = {"aot", "aot_unpaired"}
-
-
-@dataclass(frozen=True)
-class Config:
-    loss_type: list[LossType] = field(default_factory=lambda: ["sigmoid"])
-    """One or several of the losses of algorithms/dpo.py."""
-    loss_weights: list[float] | None = None
-    """One weight per loss_type; null: ones."""
-    beta: float = 0.1
-    """How closely the policy is held to the reference, 1/nats."""
-    label_smoothing: float = 0.0
-    """Share of labels taken to be flipped, below 1/2: sigmoid, robust, exo_pair, aot, aot_unpaired."""
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """What holds the policy to the reference, https://arxiv.org/abs/2309.16240."""
-    f_alpha_divergence_coef: float = 0.5
-    """The alpha of alpha_divergence."""
-    ld_alpha: float | None = None
-    """LD-DPO, https://arxiv.org/abs/2409.06411: weight of tokens beyond the length that both responses have; null: 1."""
-    use_weighting: bool = False
-    """WPO, https://arxiv.org/abs/2406.11827: weigh pairs by how likely the policy is to write them."""
-    discopop_tau: float = 0.05
-    """Temperature of discopop's blend."""
-    dpop_lambda: float = 50.0
-    """dpop's penalty on a chosen response that the policy likes less than the reference does."""
-
-    def __post_init__(self):
-        kinds = set(self.loss_type)
-        if not kinds or len(kinds) < len(self.loss_type):
-            raise ValueError(f"dpo.loss_type: got {self.loss_type}, expected one or more different losses")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(f"dpo.loss_weights: got {len(self.loss_weights)}, expected {len(self.loss_type)}, one per loss_type")
-        if self.beta <= 0:
-            raise ValueError(f"dpo.beta: got {self.beta}, expected a number above 0")
-        if not 0 <= self.label_smoothing < 0.5 or ("exo_pair" in kinds and self.label_smoothing == 0):
-            raise ValueError(f"dpo.label_smoothing: got {self.label_smoothing}, expected 0 up to 0.5, and above 0 for exo_pair")
-        if self.f_divergence_type != "reverse_kl" and (plain := sorted(kinds - ANY_DIVERGENCE)):
-            raise ValueError(f"dpo.f_divergence_type: got {self.f_divergence_type}, but {plain[0]} is defined for reverse_kl alone")
-        if self.use_weighting and kinds & SORTED:
-            raise ValueError("dpo.use_weighting: got true, but aot compares sorted responses, which belong to no pair; set it to false")
-
 
 class Pairs(NamedTuple):
     """P pairs: nats, and tokens. `scores` are f'(ratio) of the f-divergence, the log-ratios themselves for reverse_kl."""
@@ -194,6 +148,48 @@ LOSSES = {
         *(apo_zero, apo_down, discopop, sft, sigmoid_norm, dpop),
     )
 }
+LossType = Literal[tuple(LOSSES)]
+ANY_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+SORTED = {"aot", "aot_unpaired"}
+
+
+@dataclass(frozen=True)
+class Config:
+    loss_type: list[LossType] = field(default_factory=lambda: ["sigmoid"])
+    """One or several of the losses of algorithms/dpo.py."""
+    loss_weights: list[float] | None = None
+    """One weight per loss_type; null: ones."""
+    beta: float = 0.1
+    """How closely the policy is held to the reference, 1/nats."""
+    label_smoothing: float = 0.0
+    """Share of labels taken to be flipped, below 1/2: sigmoid, robust, exo_pair, aot, aot_unpaired."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """What holds the policy to the reference, https://arxiv.org/abs/2309.16240."""
+    f_alpha_divergence_coef: float = 0.5
+    """The alpha of alpha_divergence."""
+    ld_alpha: float | None = None
+    """LD-DPO, https://arxiv.org/abs/2409.06411: weight of tokens beyond the length that both responses have; null: 1."""
+    use_weighting: bool = False
+    """WPO, https://arxiv.org/abs/2406.11827: weigh pairs by how likely the policy is to write them."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's blend."""
+    dpop_lambda: float = 50.0
+    """dpop's penalty on a chosen response that the policy likes less than the reference does."""
+
+    def __post_init__(self):
+        kinds = set(self.loss_type)
+        if not kinds or len(kinds) < len(self.loss_type):
+            raise ValueError(f"dpo.loss_type: got {self.loss_type}, expected one or more different losses")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(f"dpo.loss_weights: got {len(self.loss_weights)}, expected {len(self.loss_type)}, one per loss_type")
+        if self.beta <= 0:
+            raise ValueError(f"dpo.beta: got {self.beta}, expected a number above 0")
+        if not 0 <= self.label_smoothing < 0.5 or ("exo_pair" in kinds and self.label_smoothing == 0):
+            raise ValueError(f"dpo.label_smoothing: got {self.label_smoothing}, expected 0 up to 0.5, and above 0 for exo_pair")
+        if self.f_divergence_type != "reverse_kl" and (plain := sorted(kinds - ANY_DIVERGENCE)):
+            raise ValueError(f"dpo.f_divergence_type: got {self.f_divergence_type}, but {plain[0]} is defined for reverse_kl alone")
+        if self.use_weighting and kinds & SORTED:
+            raise ValueError("dpo.use_weighting: got true, but aot compares sorted responses, which belong to no pair; set it to false")
 
 
 def byproducts(cfg):

@@ -107,7 +107,7 @@ def run(cfg, device, progress):
 
     def report(step, metrics, preempted):
         progress["step"] = step
-        if step == last or (due(step, cfg.evaluation.steps) and not preempted):
+        if step == last or due(step, cfg.evaluation.steps):
             metrics |= test(step)
         journal.write(step, metrics)
         if step == last or preempted or due(step, cfg.checkpoint.save_steps):

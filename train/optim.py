@@ -38,7 +38,7 @@ def learning_rate(train, total, step):
         return train.learning_rate
     if train.lr_scheduler_type == "warmup_stable_decay":
         decay = count(train.decay_steps, total)
-        progress = 1 - max(0, min(decay, total - done)) / max(1, decay)  # of the decay
+        progress = 1 - min(decay, total - done) / decay if decay else 0.0  # of the decay
         return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     progress = (done - warmup) / max(1, total - warmup)
     if train.lr_scheduler_type == "cosine":

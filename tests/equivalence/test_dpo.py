@@ -1,0 +1,245 @@
+"""DPO against TRL's DPOTrainer: every loss, its gradient and its metrics on one batch; then a whole run.
+
+The other preference tests of this folder take their helpers from here.
+"""
+
+import json
+import random
+from collections import defaultdict
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from algorithms import dpo
+from train import toy
+
+PROMPTS = [3, 1, 5, 2, 4, 1, 3]  # tokens of each pair's prompt
+CHOSEN = [4, 9, 2, 12, 6, 1, 7]  # tokens of its responses: longer, shorter and of equal length
+REJECTED = [7, 3, 2, 5, 11, 8, 7]
+
+EVERY = [{"loss_type": [name], "label_smoothing": 0.2 if name == "exo_pair" else 0.0} for name in dpo.LOSSES if name != "dpop"]
+SMOOTHED = [{"loss_type": [name], "label_smoothing": 0.1} for name in ("robust", "exo_pair", "aot", "aot_unpaired")]
+DIVERGENCES = [
+    settings | {"f_divergence_type": name} | ({"f_alpha_divergence_coef": alpha} if alpha else {})
+    for settings in EVERY
+    if set(settings["loss_type"]) <= dpo.ANY_DIVERGENCE
+    for name, alpha in (("forward_kl", None), ("js_divergence", None), ("alpha_divergence", 0.5), ("alpha_divergence", 1.7))
+]
+LIMITS = [  # alpha 1 is reverse_kl; at alpha 60 some exponents exceed 80
+    {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}
+    for alpha in (1.0, 1 + 1e-7, 60.0)
+]
+LENGTHS = [settings | {"ld_alpha": alpha} for settings in EVERY for alpha in (0.0, 0.5)]
+WEIGHTED = [  # not hinge and sft, where TRL's multiplication in place breaks autograd
+    settings | {"use_weighting": True} for settings in EVERY if not set(settings["loss_type"]) & {*dpo.SORTED, "hinge", "sft"}
+]
+SUMS = [
+    {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},  # MPO
+    {"loss_type": ["robust", "aot", "hinge"], "label_smoothing": 0.1, "ld_alpha": 0.5},
+    {"loss_type": ["apo_down", "ipo"], "loss_weights": [0.3, 2.0], "use_weighting": True, "ld_alpha": 0.5},
+]
+VARIANTS = EVERY + SMOOTHED + DIVERGENCES + LIMITS + LENGTHS + WEIGHTED + SUMS
+
+
+def named(settings):
+    """A variant's test id."""
+    parts = [(k, "+".join(map(str, v)) if isinstance(v, list) else v) for k, v in settings.items()]
+    return "-".join(f"{v}" if k == "loss_type" else f"{k}={v}" for k, v in parts)
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=named)
+def test_loss_equals_trl(settings):
+    cfg = dpo.Config(beta=0.5, **settings)
+    logps, batch = micro_batch(PROMPTS, CHOSEN, REJECTED)
+    loss, gradient, metrics = with_gradient(ours, logps, batch, cfg)
+    expected, expected_gradient, expected_metrics = with_gradient(theirs, logps, batch, cfg)
+    assert difference(loss, expected) < 1e-6
+    assert difference(gradient, expected_gradient) < (4e-6 if "discopop" in cfg.loss_type else 1e-6)
+    assert float(expected_gradient.norm()) > 0
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert float(metrics[name]) == pytest.approx(value, rel=1e-6), name
+
+
+def ours(logps, batch, cfg):
+    """algorithms.dpo as the loop calls it, with the micro-batch as the whole step."""
+    totals = {name: float(value) for name, value in dpo.counts(batch).items()}
+    if dpo.needs_step(cfg):
+        step = dpo.spread(dpo.summary(logps.detach(), batch, cfg).double(), cfg)
+        batch = batch | {name: column.float() for name, column in step.items()}
+    return dpo.loss(logps, batch, totals, cfg)
+
+
+def theirs(logps, batch, cfg):
+    """DPOTrainer._compute_loss with a model and a reference that return the batch's numbers."""
+    trainer = stub(
+        DPOTrainer,
+        **asdict(cfg) | {"loss_types": cfg.loss_type, "loss_weights": cfg.loss_weights or [1.0] * len(cfg.loss_type)},
+        args=SimpleNamespace(discopop_tau=cfg.discopop_tau, gradient_checkpointing_kwargs=None),
+        ref_model=lambda **_: SimpleNamespace(log_probs=predicted(stacked(batch["ref_logps"] * batch["loss_mask"]))),
+    )
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "completion_mask": batch["loss_mask"].long()}
+    inputs = {name: stacked(value) for name, value in inputs.items()}
+    loss = trainer._compute_loss(fused_model(logps, batch, stacked), inputs, return_outputs=False)
+    return loss, logged(trainer)
+
+
+def micro_batch(prompts, *completions, seed=0):
+    """(logps, batch) of rows that take turns, one of each list of completion lengths; (R, T) float32 with a first token to spare.
+
+    Where nothing is trained stands noise, which no loss may read. All are multiples of 1/1024, whose sums are exact in any order.
+    """
+    completions = torch.tensor(completions).T.flatten()  # (R,)
+    starts = torch.tensor(prompts).repeat_interleave(len(completions) // len(prompts))  # (R,)
+    width, stream = int((starts + completions).max()) + 1, torch.Generator().manual_seed(seed)  # a column of padding
+    t = torch.arange(width)
+    real = t < (starts + completions)[:, None]  # (R, T)
+
+    def noise(low, high):
+        return torch.randint(int(low * 1024), int(high * 1024), real.shape, generator=stream) / 1024
+
+    logps = noise(-4, -0.1)
+    batch = {
+        "input_ids": torch.randint(3, 100, real.shape, generator=stream),
+        "attention_mask": real,
+        "loss_mask": real & (t >= starts[:, None]),
+        "ref_logps": logps + noise(-1, 1),
+        "entropy": noise(0, 4),
+        "is_top1": (noise(0, 1) < 0.5).float(),
+        "mean_logits": noise(-3, 3),
+        "log_sum_sq": noise(-3, -0.1),
+    }
+    return logps, batch
+
+
+def stacked(x):
+    """Rows that alternate chosen, rejected, as TRL has them: all chosen ones first."""
+    return torch.cat([x[0::2], x[1::2]])
+
+
+def predicted(x):
+    """(R, T) aligned with the tokens -> (R, T - 1), as TRL aligns its log-probs."""
+    return x[:, 1:]
+
+
+def fused_model(logps, batch, arrange=lambda x: x):
+    """A model whose output is what TRL's fused head makes of the batch: 0 where nothing is trained."""
+    mask = batch["loss_mask"]
+    values = {"log_probs": logps, "log_sum_sq_probs": batch["log_sum_sq"], "entropy": batch["entropy"], "mean_logits": batch["mean_logits"]}
+    output = {name: predicted(arrange(value * mask)) for name, value in values.items()}
+    output["is_top1"] = predicted(arrange(batch["is_top1"] * mask)).bool()
+    return lambda **_: SimpleNamespace(**output)
+
+
+def stub(trainer, **attributes):
+    """A trainer that was never set up and knows but what its loss reads."""
+    made = trainer.__new__(trainer)
+    gathers = {"gather": lambda x: x, "gather_for_metrics": lambda x: x}
+    model = torch.nn.Module()
+    model.is_gradient_checkpointing = False
+    vars(made).update(
+        model=model,
+        accelerator=SimpleNamespace(device=torch.device("cpu"), **gathers),
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    vars(made).update(attributes)
+    return made
+
+
+def logged(trainer):
+    """What the trainer's loss logged, but for the number of tokens."""
+    return {name: values[-1] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
+
+
+def with_gradient(function, leaf, *args):
+    """(loss, its gradient in `leaf`, metrics) of function(leaf, *args)."""
+    leaf = leaf.clone().requires_grad_()
+    loss, metrics = function(leaf, *args)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient, metrics
+
+
+def difference(ours, expected):
+    """Largest difference, relative to the largest expected value."""
+    assert ours.shape == expected.shape and ours.dtype == expected.dtype == torch.float32
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+# ---- a whole run -------------------------------------------------------------------------------------------------------------
+
+STEPS = 5
+BATCH = 8  # pairs of a step
+MAX_LENGTH = 34  # shorter than some rows
+OPTIMIZER = {"max_steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.1}
+PLAIN = {  # what TRL does otherwise by default
+    "seed": 42,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 1,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+def test_run_equals_trl(model_folder, train_here, tmp_path):
+    """The same model, file and seed: losses, gradient norms and metrics of five steps, over an epoch's end. Ours splits its steps."""
+    folder, file = model_folder("llama"), write(tmp_path, pairs(21))  # two full steps and a short one make an epoch
+    args = DPOConfig(
+        *(str(tmp_path / "trl"),), per_device_train_batch_size=BATCH, max_length=MAX_LENGTH, loss_type="sigmoid", **OPTIMIZER, **PLAIN
+    )
+    rows = Dataset.from_json(file, cache_dir=str(tmp_path))
+    trainer = DPOTrainer(model=folder, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(folder))
+    trainer.train()
+    expected = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    settings = {
+        "algorithm": "dpo",
+        "output_dir": str(tmp_path / "ours"),
+        "model.model_name_or_path": folder,
+        "data.train": file,
+        "data.max_length": MAX_LENGTH,
+        "train.global_batch_size": BATCH,
+        "train.micro_batch_tokens": 150,
+        "log.report_to": [],
+    }
+    ours = train_here(settings | {f"train.{name}": value for name, value in OPTIMIZER.items()})
+    assert_same_steps(ours, expected)
+    assert ours[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert all(row["grad_norm"] > 0.1 for row in ours), "clipping is not part of the comparison"
+    assert [row["num_tokens"] for row in ours] == [row["num_tokens"] for row in expected]
+
+
+def assert_same_steps(ours, expected, absent=()):
+    """Every number that TRL logged of each step, but for the names in `absent`."""
+    names = expected[0].keys() - {"epoch", "num_tokens", *absent}
+    assert len(ours) == len(expected) and len(names) > 8
+    for step, (mine, other) in enumerate(zip(ours, expected), 1):
+        for name in names:
+            assert mine[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), f"{name} of step {step}"
+
+
+def pairs(count):
+    """Conversations with a preferred and another answer, of random letters."""
+    stream = random.Random(count)
+
+    def turn(role, longest):
+        return [{"role": role, "content": "".join(stream.choices(toy.LETTERS, k=stream.randint(1, longest)))}]
+
+    return [{"prompt": turn("user", 12), "chosen": turn("assistant", 14), "rejected": turn("assistant", 14)} for _ in range(count)]
+
+
+def write(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
