@@ -112,8 +112,8 @@ def eager(hidden, weight, bias, labels, transform, byproducts):
     out = {"logps": z.log_softmax(-1).gather(-1, labels[:, None]).sum(-1)}
     if byproducts:
         with torch.no_grad():
-            z, lse = z.detach(), z.detach().logsumexp(-1)
-            out |= byproducts_of(z, lse, labels, byproducts)
+            z = z.detach()
+            out |= byproducts_of(z, *statistics(z), labels, byproducts)
     return out
 
 
@@ -123,18 +123,24 @@ def chunked(hidden, weight, bias, labels, transform, byproducts):
     return dict(zip(("logps", *byproducts), values))
 
 
-def byproducts_of(z, lse, labels, names):
-    """What metrics want of a slice of logits z (m, V) with its log-sum-exp (m,); each (m,) float32."""
+def statistics(z):
+    """Of logits z (m, V): probabilities (m, V), log-sum-exp (m,) nats, the likeliest token (m,)."""
+    top, index = z.max(-1)
+    p = z.softmax(-1)  # (m, V)
+    return p, top - p.gather(-1, index[:, None])[:, 0].log(), index  # the top's p is at least 1 / V, so its log is exact
+
+
+def byproducts_of(z, p, lse, index, labels, names):
+    """What metrics want of a slice of logits z (m, V) and its `statistics`; each (m,) float32."""
     out = {}
     if "entropy" in names:
-        p = (z - lse[:, None]).exp_()  # (m, V)
         out["entropy"] = lse - torch.einsum("mv,mv->m", p, z)
     if "is_top1" in names:
-        out["is_top1"] = (z.argmax(-1) == labels).float()
+        out["is_top1"] = (index == labels).float()
     if "mean_logits" in names:
         out["mean_logits"] = z.sum(-1) / z.shape[-1]
     if "log_sum_sq" in names:
-        out["log_sum_sq"] = (2 * z).logsumexp(-1) - 2 * lse
+        out["log_sum_sq"] = torch.einsum("mv,mv->m", p, p).log()
     return out
 
 
@@ -143,12 +149,18 @@ class Chunked(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, transform, byproducts):
         values = {name: torch.empty(len(labels), device=hidden.device) for name in ("logps", *byproducts)}  # (M,) each
         lse = torch.empty(len(labels), device=hidden.device)  # (M,)
-        for part in slices(len(labels), weight.shape[0]):
+        parts = slices(len(labels), weight.shape[0])
+        # a single slice is kept for the backward pass, which would make one anyway: no more memory, and no second product
+        ctx.p, keep = None, len(parts) == 1 and transform[1] is None and any(ctx.needs_input_grad)
+        for part in parts:
             z = logits(hidden[part], weight, bias, transform)  # (m, V)
-            lse[part] = z.logsumexp(-1)
+            p, lse[part], index = statistics(z)
             values["logps"][part] = z.gather(-1, labels[part, None])[:, 0] - lse[part]
-            for name, value in byproducts_of(z, lse[part], labels[part], byproducts).items():
+            for name, value in byproducts_of(z, p, lse[part], index, labels[part], byproducts).items():
                 values[name][part] = value
+            if keep:
+                ctx.p = p  # (M, V)
+            del z, p  # or they would stand beside the next slice
         ctx.save_for_backward(hidden, weight, bias, labels, lse)
         ctx.transform = transform
         ctx.mark_non_differentiable(*(values[name] for name in byproducts))
@@ -163,9 +175,13 @@ class Chunked(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, device=weight.device) if want_weight else None  # (V, H) float32
         d_bias = torch.zeros(bias.shape, device=bias.device) if want_bias else None  # (V,) float32
         for part in slices(len(labels), weight.shape[0]):
-            z = logits(hidden[part], weight, bias, ctx.transform)  # (m, V)
-            slope = None if softcap is None else 1 - (z * temperature / softcap) ** 2  # of the soft cap
-            dz = z.sub_(lse[part, None]).exp_().mul_(-grad[part, None])  # d log p_y / d z_v = [v = y] - p_v
+            if ctx.p is not None:
+                p, ctx.p, slope = ctx.p, None, None
+            else:
+                z = logits(hidden[part], weight, bias, ctx.transform)  # (m, V)
+                slope = None if softcap is None else 1 - (z * temperature / softcap) ** 2  # of the soft cap
+                p = z.sub_(lse[part, None]).exp_()
+            dz = p.mul_(-grad[part, None])  # d log p_y / d z_v = [v = y] - p_v
             dz.scatter_add_(-1, labels[part, None], grad[part, None])
             if slope is not None:
                 dz.mul_(slope)
@@ -176,6 +192,7 @@ class Chunked(torch.autograd.Function):
                 d_weight += dz.t() @ hidden[part]
             if want_bias:
                 d_bias += dz.sum(0)
+            z = p = dz = None  # or they would stand beside the next slice
         return d_hidden, d_weight, d_bias, None, None, None
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -67,13 +68,14 @@ def with_logps(rows, policy, key, cfg, folder, device, dealt):
     todo = [start for start in missing.tolist() if start >= 0]
     model = build(cfg, folder, device) if todo and cfg.reference.model_name_or_path else policy
     for start in todo:
+        began = time.perf_counter()
         chosen = range(start, min(start + PART, len(rows)))
         logps = score(model, rows, chosen, dealt)
         if writes:
             temporary = cache / f".{start}.{os.getpid()}"
             save_file({"ref_logps": logps}, temporary)
             os.replace(temporary, cache / f"{start:09d}.safetensors")
-        say(f"reference log-probs: {chosen[-1] + 1} of {len(rows)} examples")
+        say(f"reference log-probs: {chosen[-1] + 1} of {len(rows)} examples in {time.perf_counter() - began:.1f} s")
     dist.barrier()
     parts = [load_file(cache / f"{start:09d}.safetensors")["ref_logps"] for start in starts]
     return dataclasses.replace(rows, per_token=rows.per_token | {"ref_logps": torch.cat(parts)})

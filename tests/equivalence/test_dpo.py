@@ -31,8 +31,7 @@ DIVERGENCES = [
     for name, alpha in (("forward_kl", None), ("js_divergence", None), ("alpha_divergence", 0.5), ("alpha_divergence", 1.7))
 ]
 LIMITS = [  # alpha 1 is reverse_kl; at alpha 60 some exponents exceed 80
-    {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}
-    for alpha in (1.0, 1 + 1e-7, 60.0)
+    {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha} for alpha in (1.0, 1 + 1e-7, 60.0)
 ]
 LENGTHS = [settings | {"ld_alpha": alpha} for settings in EVERY for alpha in (0.0, 0.5)]
 WEIGHTED = [  # not hinge and sft, where TRL's multiplication in place breaks autograd
@@ -59,11 +58,10 @@ def test_loss_equals_trl(settings):
     loss, gradient, metrics = with_gradient(ours, logps, batch, cfg)
     expected, expected_gradient, expected_metrics = with_gradient(theirs, logps, batch, cfg)
     assert difference(loss, expected) < 1e-6
-    assert difference(gradient, expected_gradient) < (4e-6 if "discopop" in cfg.loss_type else 1e-6)
+    assert difference(gradient, expected_gradient) < 1e-6
     assert float(expected_gradient.norm()) > 0
     assert metrics.keys() == expected_metrics.keys()
-    for name, value in expected_metrics.items():
-        assert float(metrics[name]) == pytest.approx(value, rel=1e-6), name
+    assert_same_metrics(metrics, expected_metrics)
 
 
 def ours(logps, batch, cfg):
@@ -168,6 +166,13 @@ def with_gradient(function, leaf, *args):
     return loss.detach(), gradient, metrics
 
 
+def assert_same_metrics(ours, expected):
+    """Every expected metric to 1e-6, relative; differences relative to what they are the difference of."""
+    for name, value in expected.items():
+        scale = expected.get({"rewards/margins": "rewards/chosen", "log_odds_chosen": "logps/chosen"}.get(name), value)
+        assert float(ours[name]) == pytest.approx(value, rel=0, abs=1e-6 * abs(scale)), name
+
+
 def difference(ours, expected):
     """Largest difference, relative to the largest expected value."""
     assert ours.shape == expected.shape and ours.dtype == expected.dtype == torch.float32
@@ -180,6 +185,7 @@ STEPS = 5
 BATCH = 8  # pairs of a step
 MAX_LENGTH = 34  # shorter than some rows
 OPTIMIZER = {"max_steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.1}
+DIFFERENCES = ("rewards/", "kl", "log_odds", "logits/")  # small differences of sums of up to 100 nats, which float32 rounds to 8e-6
 PLAIN = {  # what TRL does otherwise by default
     "seed": 42,
     "lr_scheduler_type": "linear",
@@ -222,11 +228,12 @@ def test_run_equals_trl(model_folder, train_here, tmp_path):
 
 def assert_same_steps(ours, expected, absent=()):
     """Every number that TRL logged of each step, but for the names in `absent`."""
-    names = expected[0].keys() - {"epoch", "num_tokens", *absent}
+    names = expected[0].keys() - {"epoch", "step", "num_tokens", *absent}
     assert len(ours) == len(expected) and len(names) > 8
     for step, (mine, other) in enumerate(zip(ours, expected), 1):
         for name in names:
-            assert mine[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), f"{name} of step {step}"
+            near_zero = 5e-6 if name.startswith(DIFFERENCES) else 0.0
+            assert mine[name] == pytest.approx(other[name], rel=1e-6, abs=near_zero), f"{name} of step {step}"
 
 
 def pairs(count):

@@ -42,9 +42,10 @@ def test_by_hand():
 
 @pytest.mark.parametrize("transform", [(1.0, None, 1.0), (0.3, None, 1.0), (1.0, 2.0, 1.0), (2.5, 3.0, 0.7)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunked_equals_eager(transform, bias, monkeypatch):
-    """Values and gradients, in several slices, under an upstream gradient that differs from token to token."""
-    monkeypatch.setattr(logprobs, "SLICE", 23 * 5)
+@pytest.mark.parametrize("tokens", [5, 17])
+def test_chunked_equals_eager(transform, bias, tokens, monkeypatch):
+    """Values and gradients, in several slices and in one, under an upstream gradient that differs from token to token."""
+    monkeypatch.setattr(logprobs, "SLICE", 23 * tokens)
     upstream, results = torch.linspace(-2, 3, 17), []
     for implementation in (logprobs.eager, logprobs.chunked):
         inputs, labels = head(bias=bias)
@@ -82,7 +83,9 @@ def test_packed_equals_padded(name, tmp_path):
     model = ours(tmp_path)
     out = {name: t.cpu() for name, t in logprobs.token_logps(model, batch, ("entropy", "is_top1")).items()}  # (R, T) each
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
-    scores = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"].long()).logits.log_softmax(-1)[:, :-1]
+    plain.to(device := model.lm_head.weight.device)  # the same arithmetic on both sides
+    inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": batch["attention_mask"].long().to(device)}
+    scores = plain(**inputs).logits.log_softmax(-1)[:, :-1].cpu()
     mask = batch["loss_mask"][:, 1:]
     expected = scores.gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * mask
     torch.testing.assert_close(out["logps"][:, 1:], expected, rtol=1e-5, atol=1e-5)
@@ -92,7 +95,7 @@ def test_packed_equals_padded(name, tmp_path):
     (out["logps"] * upstream).sum().backward()
     (expected * upstream[:, 1:]).sum().backward()
     ours_norm = get_total_norm([p.grad for p in model.parameters()]).full_tensor().cpu()
-    torch.testing.assert_close(ours_norm, get_total_norm([p.grad for p in plain.parameters()]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours_norm, get_total_norm([p.grad for p in plain.parameters()]).cpu(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"logprobs": "eager"}, {"dtype": "bfloat16"}])
