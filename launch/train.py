@@ -51,20 +51,8 @@ def run(cfg, device, progress):
     stop = catch_signals()
     algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    resumed = find_checkpoint(cfg)
-    folder = toy.folder(cfg.model, cfg.output_dir) or load.fetch(cfg.model)
-    tokenizer = load.load_tokenizer(cfg.model, folder)
-    rows = prepare(cfg, "train", cfg.data.train, cfg.data.train_split, tokenizer, algorithm, settings)
-    held_out = prepare(cfg, "eval", cfg.data.eval, cfg.data.eval_split, tokenizer, algorithm, settings) if cfg.data.eval else None
-    record = {"config": config.as_dict(cfg), "data": rows.fingerprint, "folder": str(Path(folder).resolve()), "ranks": ranks}
-    keys = {}
-    if algorithm.REFERENCE:
-        keys = {p: reference.key_of(part, cfg, folder, device) for p, part in (("train", rows), ("eval", held_out)) if part}
-        record["reference"] = keys["train"]
-    if resumed:
-        checkpoint.check_inputs(checkpoint.read_state(resumed), record)
-        progress["step"] = checkpoint.read_state(resumed)["step"]
-    progress.setdefault("step", 0)
+    resumed, folder, tokenizer, rows, held_out, record = read_inputs(cfg, algorithm, settings, device)
+    progress["step"] = checkpoint.read_state(resumed)["step"] if resumed else 0
     if rank == 0:
         Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
         log.write_status(cfg.output_dir, "running", progress["step"])
@@ -77,8 +65,8 @@ def run(cfg, device, progress):
     if algorithm.REFERENCE and cfg.reference.sync_ref_model:
         follower = reference.build(cfg, folder, device).requires_grad_(False)
     elif algorithm.REFERENCE:
-        rows = reference.with_logps(rows, model, keys["train"], cfg, folder, device, dealt)
-        held_out = held_out and reference.with_logps(held_out, model, keys["eval"], cfg, folder, device, dealt)
+        rows = reference.with_logps(rows, model, record["reference"], cfg, folder, device, dealt)
+        held_out = held_out and reference.with_logps(held_out, model, record["reference"], cfg, folder, device, dealt)
     optimizer = optim.make_optimizer(model, cfg.train)
     state = checkpoint.load(resumed, model, optimizer, follower) if resumed else {"step": 0, "num_tokens": 0}
     first, last = state["step"] + 1, batches.steps_in(len(rows), cfg.train)
@@ -129,6 +117,29 @@ def run(cfg, device, progress):
         load.save_pretrained(model, tokenizer, Path(cfg.output_dir, "final"))
         say(f"wrote {cfg.output_dir}/final, a Hugging Face folder")
     return outcome
+
+
+def read_inputs(cfg, algorithm, settings, device):
+    """Everything that a run begins with: (checkpoint or None, model folder, tokenizer, rows, held-out rows or None, record).
+
+    record is what a checkpoint keeps of them. ValueError where a checkpoint was made with others.
+    """
+    resumed = find_checkpoint(cfg)
+    folder = toy.folder(cfg.model, cfg.output_dir) or load.fetch(cfg.model)
+    tokenizer = load.load_tokenizer(cfg.model, folder)
+    rows = prepare(cfg, "train", cfg.data.train, cfg.data.train_split, tokenizer, algorithm, settings)
+    held_out = prepare(cfg, "eval", cfg.data.eval, cfg.data.eval_split, tokenizer, algorithm, settings) if cfg.data.eval else None
+    record = {
+        "config": config.as_dict(cfg),
+        "data": rows.fingerprint,
+        "folder": str(Path(folder).resolve()),
+        "ranks": dist.get_world_size(),
+    }
+    if algorithm.REFERENCE:
+        record["reference"] = reference.key_of(cfg, folder, device)
+    if resumed:
+        checkpoint.check_inputs(checkpoint.read_state(resumed), record)
+    return resumed, folder, tokenizer, rows, held_out, record
 
 
 def after_sft(cfg, device):

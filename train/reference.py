@@ -23,26 +23,28 @@ from train.log import say
 PART = 2048  # examples of one file: what a kill during this pass can cost
 
 
-def build(cfg, folder, device):
-    """The reference model: the named one, or the policy as it is before its first update."""
+def named(cfg):
+    """The settings of the reference's own model, or None where the reference is the policy before its first update."""
     name = cfg.reference.model_name_or_path
-    if name is None:
-        return load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed)
-    named = dataclasses.replace(cfg.model, model_name_or_path=name, model_revision=None, from_scratch=False)
-    return load.build(named, load.fetch(named), cfg.fsdp, device, cfg.seed)
+    return name and dataclasses.replace(cfg.model, model_name_or_path=name, model_revision=None, from_scratch=False)
 
 
-def key_of(rows, cfg, folder, device):
-    """Everything that reference log-probs depend on; the weights by a digest of their files, or of their shape and seed."""
-    own = cfg.reference.model_name_or_path is None
-    drawn = own and (cfg.model.from_scratch or cfg.model.model_name_or_path.startswith("builtin:"))
+def build(cfg, folder, device):
+    """A model with the reference's weights."""
+    other = named(cfg)
+    return load.build(other or cfg.model, load.fetch(other) if other else folder, cfg.fsdp, device, cfg.seed)
+
+
+def key_of(cfg, folder, device):
+    """Everything but the rows that reference log-probs depend on; weights by a digest of their files, or of their shape and seed."""
+    other = named(cfg)
+    drawn = other is None and (cfg.model.from_scratch or cfg.model.model_name_or_path.startswith("builtin:"))
     dtype, digest = sharding.compute_dtype(cfg.model.dtype, device), hashlib.sha256()
-    for file in sorted(Path(folder if own else cfg.reference.model_name_or_path).glob("*.json" if drawn else "*.safetensors")):
+    for file in sorted(Path(load.fetch(other) if other else folder).glob("*.json" if drawn else "*.safetensors")):
         with open(file, "rb") as f:
             digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
     return {
-        "rows": rows.fingerprint,
-        "model": cfg.reference.model_name_or_path or cfg.model.model_name_or_path,
+        "model": (other or cfg.model).model_name_or_path,
         "weights": digest.hexdigest()[:16] + (f" drawn from seed {cfg.seed}" if drawn else ""),
         "attention": attention.choose(cfg.model.attn_implementation, device, dtype),
         "dtype": str(dtype).removeprefix("torch."),
@@ -54,6 +56,7 @@ def with_logps(rows, policy, key, cfg, folder, device, dealt):
 
     It is called before a checkpoint is loaded, so `policy` still is the reference, also when a run is resumed without its cache.
     """
+    key = key | {"rows": rows.fingerprint}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(cfg.output_dir, "reference", name)
     writes = int(os.environ.get("LOCAL_RANK", 0)) == 0

@@ -17,11 +17,12 @@ from train import batches, data
 
 EXAMPLES = 6
 SPLITS = [[6], [2, 1, 3], [1] * 6]  # examples of each micro-batch
+SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 SUM = {"loss_type": ["robust", "sft", "aot"], "loss_weights": [1.0, 0.5, 2.0], "label_smoothing": 0.1, "ld_alpha": 0.3}
 SETTINGS = {
     sft: [{"loss_type": "nll"}, {"loss_type": "dft"}],
     dpo: [
-        *({"loss_type": [name], "label_smoothing": 0.1} for name in dpo.LOSSES),
+        *({"loss_type": [name], "label_smoothing": 0.1 if name in SMOOTHED else 0.0} for name in dpo.LOSSES),
         *({"f_divergence_type": name} for name in ("forward_kl", "js_divergence", "alpha_divergence")),
         *({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, SUM),
     ],
@@ -89,6 +90,23 @@ def test_masked_rows_are_finite(algorithm, settings):
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert math.isfinite(loss) and all(math.isfinite(value) for value in metrics.values())
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("certain", [(0, 1), (0,), (1,)], ids=["both", "chosen", "rejected"])
+@pytest.mark.parametrize("algorithm, settings", CASES, ids=named)
+def test_certain_responses_are_finite(algorithm, settings, certain):
+    """Log-probs of exactly 0, which float32 gives to a token that leads the others by 17 nats."""
+    cfg, rows = algorithm.Config(**settings), rows_of(algorithm)
+    logps = rows.per_token["logps"].clone()
+    for i in range(len(rows.offsets) - 1):
+        if i % 2 in certain:
+            logps[rows.offsets[i] : rows.offsets[i + 1]] = 0
+    leaf = logps.requires_grad_()
+    batch = complete([batches.collate(with_logps(rows, leaf), range(EXAMPLES), range(EXAMPLES))], algorithm, cfg)[0]
+    totals = {name: float(value) for name, value in algorithm.counts(batch).items()}
+    loss, metrics = algorithm.loss(batch["logps"], batch, totals, cfg)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert math.isfinite(loss) and gradient.isfinite().all() and all(math.isfinite(value) for value in metrics.values())
 
 
 @pytest.mark.parametrize("algorithm, settings", CASES, ids=named)
@@ -231,6 +249,7 @@ def test_no_mean_and_no_ranks():
         assert not found, f"{path.name}: {found}"
 
 
+NAN = math.nan
 BAD = [
     (dpo, {"loss_type": []}, "dpo.loss_type"),
     (dpo, {"loss_type": ["hinge", "hinge"]}, "dpo.loss_type"),
@@ -245,6 +264,15 @@ BAD = [
     ),
     (dpo, {"loss_type": ["aot"], "use_weighting": True}, "dpo.use_weighting"),
     (dpo, {"loss_type": ["sigmoid", "aot_unpaired"], "use_weighting": True}, "dpo.use_weighting"),
+    (dpo, {"loss_type": ["hinge", "ipo"], "label_smoothing": 0.1}, "dpo.label_smoothing"),  # neither reads it
+    (dpo, {"loss_weights": [NAN]}, "dpo.loss_weights"),
+    (dpo, {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": NAN}, "dpo.f_alpha_divergence_coef"),
+    *((dpo, {"ld_alpha": value}, "dpo.ld_alpha") for value in (-0.5, NAN)),
+    (dpo, {"loss_type": ["discopop"], "discopop_tau": 0.0}, "dpo.discopop_tau"),
+    (dpo, {"loss_type": ["dpop"], "dpop_lambda": -1.0}, "dpo.dpop_lambda"),
+    *((a, {"beta": value}, f"{a.__name__.removeprefix('algorithms.')}.beta") for a in (dpo, simpo, kto, orpo) for value in (NAN, math.inf)),
+    *((simpo, {name: NAN}, f"simpo.{name}") for name in ("simpo_gamma", "cpo_alpha", "alpha")),
+    *((kto, {name: NAN}, f"kto.{name}") for name in ("desirable_weight", "undesirable_weight")),
     (simpo, {"beta": -1.0}, "simpo.beta"),
     (simpo, {"label_smoothing": 0.5}, "simpo.label_smoothing"),
     (simpo, {"loss_type": "hinge", "label_smoothing": 0.1}, "simpo.label_smoothing"),

@@ -81,7 +81,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 def test_folders_that_are_no_model_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     sharding.start_ranks(60)
-    with pytest.raises(ValueError, match="there is no folder './nowhere'"):
+    with pytest.raises(ValueError, match=r"there is no folder '\./nowhere'"):
         load.fetch(Model("./nowhere"))
     with pytest.raises(ValueError, match="the hub did not give it"):
         load.fetch(Model("no-such/model"))

@@ -12,8 +12,8 @@ from trl import DPOTrainer, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from train import data
-from train.config import Data
+from train import data, loop
+from train.config import Data, Evaluation
 
 datasets.disable_progress_bars()
 
@@ -186,6 +186,24 @@ def test_scored_prompts(tmp_path):
         expected = torch.arange(len(mask)) > 0 if i % 2 == 0 else mask
         assert torch.equal(scored.per_token["score_mask"][rows.offsets[i] : rows.offsets[i + 1]], expected)
     assert torch.equal(scored.loss_mask, rows.loss_mask)
+
+
+def test_answers_are_compared_with_good_ones(tmp_path, one_rank, monkeypatch):
+    """Generated answers of the first examples, never against a rejected answer or a mismatched one."""
+    tok, seen = tokenizer(), []
+    monkeypatch.setattr(loop, "greedy", lambda model, tok, prompts, limit: seen.extend(prompts) or [tok(" 24")["input_ids"]] * len(prompts))
+    good = [row | {"label": True} for row in LABELLED]
+    for rows in (
+        prepare(tmp_path, EXPLICIT, tok, "pairs"),
+        prepare(tmp_path, good, tok, "labelled"),
+        data.with_mismatched(prepare(tmp_path, good, tok, "labelled"), None),
+    ):
+        seen.clear()
+        score, samples = loop.answer(None, tok, rows, Evaluation(generate=3))
+        assert [tok.decode(ids) for ids in seen] == [sample["prompt"] for sample in samples]
+        assert [sample["prompt"][:4] for sample in samples] == [row["prompt"][:4] for row in EXPLICIT[:3]]
+        assert [sample["reference"][-3:] for sample in samples] == ["24", "ll?", "42"]
+        assert score == {"exact_match": pytest.approx(1 / 3)}
 
 
 # ---- malformed rows ----------------------------------------------------------------------------------------------------------

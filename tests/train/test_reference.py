@@ -66,7 +66,7 @@ def prepared(model_folder, pairs, one_rank, tmp_path, monkeypatch):
         cfg = config.Config(str(tmp_path / "run"), config.Model(folder), config.Data(pairs), "dpo", reference=about)
         rows = data.prepare(pairs, "train", cfg.data, load.load_tokenizer(cfg.model, folder), "pairs")
         policy = load.build(cfg.model, folder, cfg.fsdp, one_rank, cfg.seed)
-        return rows, policy, reference.key_of(rows, cfg, folder, one_rank), cfg, folder, one_rank, (200, 0, 1, 0.01)
+        return rows, policy, reference.key_of(cfg, folder, one_rank), cfg, folder, one_rank, (200, 0, 1, 0.01)
 
     return make
 
@@ -128,15 +128,18 @@ def test_another_key_is_another_cache(prepared):
     given = prepared()
     reference.with_logps(*given)
     reference.with_logps(*given[:2], given[2] | {"dtype": "bfloat16"}, *given[3:])
+    other_rows = dataclasses.replace(given[0], fingerprint="other")
+    reference.with_logps(other_rows, *given[1:])
     keys = [json.loads(path.read_text()) for path in Path(given[3].output_dir, "reference").glob("*/key.json")]
-    assert len(keys) == 2 and len({json.dumps(key) for key in keys}) == 2 and given[2] in keys
+    expected = [given[2] | {"rows": given[0].fingerprint}, given[2] | {"rows": "other"}]
+    assert len(keys) == 3 and all(key in keys for key in [*expected, expected[0] | {"dtype": "bfloat16"}])
 
 
 def test_key_is_all_that_log_probs_depend_on(prepared, one_rank, tmp_path, monkeypatch):
-    rows, _, key, cfg, folder, *_ = prepared()
+    _, _, key, cfg, folder, *_ = prepared()
 
-    def key_of(cfg=cfg, rows=rows, folder=folder):
-        return reference.key_of(rows, cfg, folder, one_rank)
+    def key_of(cfg=cfg, folder=folder):
+        return reference.key_of(cfg, folder, one_rank)
 
     def changed(block, **changes):
         return dataclasses.replace(cfg, **{block: dataclasses.replace(getattr(cfg, block), **changes)})
@@ -145,9 +148,11 @@ def test_key_is_all_that_log_probs_depend_on(prepared, one_rank, tmp_path, monke
     other = shutil.copytree(folder, tmp_path / "other")
     assert key_of(changed("reference", model_name_or_path=str(other)))["weights"] == key["weights"]
     change_a_weight(other)
+    bent = shutil.copytree(folder, tmp_path / "bent")
+    (bent / "config.json").write_text((bent / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     made = [
-        key_of(rows=dataclasses.replace(rows, fingerprint="other")),
         key_of(folder=other),
+        key_of(folder=bent),
         key_of(changed("reference", model_name_or_path=str(other))),
         key_of(changed("model", dtype="bfloat16")),
         key_of(drawn := changed("model", from_scratch=True)),
@@ -164,6 +169,15 @@ def change_a_weight(folder):
     weights = load_file(path)
     weights["model.norm.weight"] = weights["model.norm.weight"] + 1
     save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "simpo", "orpo"])
+@pytest.mark.parametrize("name, value", [("model_name_or_path", "some/model"), ("sync_ref_model", True)])
+def test_setting_of_a_reference_that_is_not_there_is_refused(name, value, algorithm):
+    with pytest.raises(ValueError, match=rf"^reference\.{name}: "):
+        config.Config(
+            "run", config.Model("builtin:tiny"), config.Data("builtin:capitals"), algorithm, reference=config.Reference(**{name: value})
+        )
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------------
