@@ -40,7 +40,8 @@ def key_of(cfg, folder, device):
     other = named(cfg)
     drawn = other is None and (cfg.model.from_scratch or cfg.model.model_name_or_path.startswith("builtin:"))
     dtype, digest = sharding.compute_dtype(cfg.model.dtype, device), hashlib.sha256()
-    for file in sorted(Path(load.fetch(other) if other else folder).glob("*.json" if drawn else "*.safetensors")):
+    home = Path(load.fetch(other) if other else folder)
+    for file in [home / "config.json", *([] if drawn else sorted(home.glob("*.safetensors")))]:
         with open(file, "rb") as f:
             digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
     return {
