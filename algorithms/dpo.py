@@ -151,6 +151,7 @@ LOSSES = {
 LossType = Literal[tuple(LOSSES)]
 ANY_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 SORTED = {"aot", "aot_unpaired"}
+SMOOTHED = {"sigmoid", "robust", "exo_pair", *SORTED}
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,18 @@ class Config:
             raise ValueError(f"dpo.loss_type: got {self.loss_type}, expected one or more different losses")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"dpo.loss_weights: got {len(self.loss_weights)}, expected {len(self.loss_type)}, one per loss_type")
-        if self.beta <= 0:
-            raise ValueError(f"dpo.beta: got {self.beta}, expected a number above 0")
+        if not all(map(math.isfinite, self.loss_weights or [])):
+            raise ValueError(f"dpo.loss_weights: got {self.loss_weights}, expected finite numbers")
+        for name in ("beta", "discopop_tau"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"dpo.{name}: got {getattr(self, name)}, expected a number above 0")
+        for name in ("ld_alpha", "dpop_lambda"):
+            if not 0 <= (getattr(self, name) or 0.0) < math.inf:
+                raise ValueError(f"dpo.{name}: got {getattr(self, name)}, expected a number from 0 up")
+        if not math.isfinite(self.f_alpha_divergence_coef):
+            raise ValueError(f"dpo.f_alpha_divergence_coef: got {self.f_alpha_divergence_coef}, expected a number")
+        if self.label_smoothing and not kinds & SMOOTHED:
+            raise ValueError(f"dpo.label_smoothing: got {self.label_smoothing}, expected 0, as {', '.join(self.loss_type)} reads none")
         if not 0 <= self.label_smoothing < 0.5 or ("exo_pair" in kinds and self.label_smoothing == 0):
             raise ValueError(f"dpo.label_smoothing: got {self.label_smoothing}, expected 0 up to 0.5, and above 0 for exo_pair")
         if self.f_divergence_type != "reverse_kl" and (plain := sorted(kinds - ANY_DIVERGENCE)):

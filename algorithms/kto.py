@@ -8,6 +8,7 @@ Departs from TRL: likewise, where TRL takes the mean of one micro-batch per rank
 file's order; a mismatched response is the one before it with another prompt, where TRL rotates within a batch, perhaps to the same prompt.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class Config:
 
     def __post_init__(self):
         for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"kto.{name}: got {getattr(self, name)}, expected a number above 0")
 
 

@@ -5,6 +5,7 @@ Departs from TRL: both denominators, pairs and tokens, are the whole step's, whe
 as DPO's, without a second end token after a template's.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class Config:
     """Weight of the odds ratio's loss, the paper's lambda."""
 
     def __post_init__(self):
-        if self.beta < 0:
+        if not 0 <= self.beta < math.inf:
             raise ValueError(f"orpo.beta: got {self.beta}, expected a number from 0 up")
 
 
@@ -36,7 +37,8 @@ def counts(batch):
 
 
 def log1mexp(x):
-    """log(1 - exp(x)) for x < 0, by whichever form keeps its digits."""
+    """log(1 - exp(x)) for x < 0, by whichever form keeps its digits; constant from -1e-7 up, where float32 takes exp(x) for 1."""
+    x = x.clamp(max=-1e-7)
     return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 

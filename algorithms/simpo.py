@@ -9,6 +9,7 @@ Departs from TRL: no cross-entropy by default (TRL's cpo_alpha is 1), beta 2 and
 cross-entropy is divided by the chosen tokens of the whole step; rows are tokenised as DPO's, without a second end token after a template's.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,8 +38,11 @@ class Config:
     """Share of labels taken to be flipped, below 1/2; simpo and sigmoid."""
 
     def __post_init__(self):
-        if self.beta <= 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"simpo.beta: got {self.beta}, expected a number above 0")
+        for name in ("simpo_gamma", "cpo_alpha", "alpha"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"simpo.{name}: got {getattr(self, name)}, expected a number")
         if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and self.loss_type in ("hinge", "ipo")):
             raise ValueError(f"simpo.label_smoothing: got {self.label_smoothing}, expected 0 up to 0.5, and 0 for hinge and ipo")
 

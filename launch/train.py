@@ -63,7 +63,7 @@ def run(cfg, device, progress):
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     follower = None  # a reference model that follows the policy
     if algorithm.REFERENCE and cfg.reference.sync_ref_model:
-        follower = reference.build(cfg, folder, device).requires_grad_(False)
+        follower = reference.build(cfg, folder, device).requires_grad_(False).eval()
     elif algorithm.REFERENCE:
         rows = reference.with_logps(rows, model, record["reference"], cfg, folder, device, dealt)
         held_out = held_out and reference.with_logps(held_out, model, record["reference"], cfg, folder, device, dealt)

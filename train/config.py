@@ -261,6 +261,9 @@ class Config:
         require(self.output_dir, "output_dir", "", "a folder")
         require(self.model.model_name_or_path, "model.model_name_or_path", "", "a hub name, a local folder or builtin:tiny")
         require(self.data.train, "data.train", "", "a file, a hub dataset or builtin:letters")
+        for name, value in asdict(self.reference).items():
+            used = self.algorithm in ("dpo", "kto") or value == getattr(Reference(), name)
+            require(used, f"reference.{name}", value, f"nothing, as {self.algorithm} has no reference; leave it out")
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")

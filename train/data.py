@@ -192,8 +192,6 @@ def preferences(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[lis
     if not all(name in row for name in form.columns):
         raise _missing(row, (form.columns,))
     row = explicit(row)
-    if row["chosen"] == row["rejected"]:
-        raise BadRow("chosen equals rejected", short(row["chosen"]), "two different answers")
     sides, plain = (row | {"completion": row[name]} for name in ("chosen", "rejected")), form._replace(columns=("prompt", "completion"))
     return [completions(side, plain, cfg, tokenizer)[0][0] for side in sides], {}
 
@@ -209,7 +207,12 @@ def labelled(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[list[T
 def explicit(row: dict) -> dict:
     """A preference row with its prompt in a column of its own: what both answers begin with, by turns or by characters."""
     chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row or type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+    for name in ("chosen", "rejected"):
+        if not isinstance(row[name], str | list) or type(row[name]) is not type(chosen):
+            raise BadRow("not a string", f"{short(row[name])} in {name}", "two texts, or two lists of messages")
+    if chosen == rejected:
+        raise BadRow("chosen equals rejected", short(chosen), "two different answers")
+    if "prompt" in row:
         return row
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)) - 1)
     if isinstance(chosen, str) and shared > 0 and chosen[shared - 1] == " ":
@@ -224,7 +227,8 @@ def unpaired(row: dict) -> list[dict]:
     if "label" in row or not {"chosen", "rejected"} <= row.keys():
         return [row]
     row = explicit(row)
-    return [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+    rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}  # the prompt, tools, template settings
+    return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
 
 
 def _chat(row: dict, messages: list, prompt_turns: int, cfg: config.Data, tokenizer) -> Text:

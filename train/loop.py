@@ -133,7 +133,7 @@ def answer(model, tokenizer, rows, cfg):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     prompts, samples = [], []
     for i in range(min(cfg.generate, len(rows)))[rank::ranks]:
-        ids, mask = rows.row(i)  # (T,), (T,)
+        ids, mask = rows.row(i * rows.rows_per_example)  # (T,), (T,); of a pair the chosen row
         start = int(mask.int().argmax())
         prompts.append(ids[:start].tolist())
         reference = tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
