@@ -3,7 +3,8 @@
 nll: maximum likelihood. dft: Dynamic Fine-Tuning, https://arxiv.org/abs/2508.05629, equation 9: each token's loss is weighted by
 its own probability, held constant, which takes the inverse-probability weight out of the gradient.
 
-Departs from TRL: nothing; its SFTTrainer divides by the trained tokens of all ranks and micro-batches too.
+Departs from TRL: dropout of the model is off, and mixture-of-experts models train without their router's loss. Otherwise equal: its
+SFTTrainer divides by the trained tokens of all ranks and micro-batches too.
 """
 
 from dataclasses import dataclass

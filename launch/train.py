@@ -36,9 +36,9 @@ def main():
     except BaseException as e:
         expected = isinstance(e, (ValueError, FloatingPointError))
         print(f"rank {dist.get_rank()}: {e}" if expected else traceback.format_exc(), file=sys.stderr, flush=True)
-        if progress:  # a run that was refused leaves no mark on the run that stands in its output_dir
+        if progress:  # a run that was refused leaves the status of the run that stands in its output_dir
             log.write_status(cfg.output_dir, "failed", progress["step"], f"{type(e).__name__}: {e}")
-        os._exit(1)  # the launcher ends the other ranks, which may wait for this one
+        os._exit(2 if isinstance(e, ValueError) else 1)  # the launcher ends the other ranks, which may wait for this one
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -58,7 +58,8 @@ def run(cfg, device, progress):
         log.write_status(cfg.output_dir, "running", progress["step"])
 
     model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed)
-    load.check_vocabulary(model, rows.report["max_token_id"])
+    for part in (rows, held_out) if held_out else (rows,):
+        load.check_vocabulary(model, part.report["max_token_id"])
     parameters = sum(p.numel() for p in model.parameters())
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     follower = None  # a reference model that follows the policy
@@ -148,7 +149,11 @@ def after_sft(cfg, device):
     final = Path(first.output_dir, "final")
     if not final.exists():
         say(f"{final} is not there yet: running the SFT recipe first")
-        run(first, device, {})
+        progress = {}
+        outcome = run(first, device, progress)
+        log.write_status(first.output_dir, outcome, progress["step"])
+        if outcome != "finished":
+            raise ValueError(f"the SFT run in {first.output_dir} was {outcome}; run the same command again")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, model_name_or_path=str(final)))
 
 
@@ -181,6 +186,9 @@ def find_checkpoint(cfg):
         folder, problem = Path(resume), checkpoint.verify(resume)
         if problem:
             raise ValueError(f"checkpoint.resume: {resume}: {problem}")
+        later = [step for step in used if step > checkpoint.read_state(folder)["step"]]
+        if later:
+            raise ValueError(f"checkpoint.resume: {cfg.output_dir} has a later checkpoint-{later[0]}; choose another output_dir")
     if folder:
         say(f"resuming from {folder}")
     os.makedirs(cfg.output_dir, exist_ok=True)
@@ -203,6 +211,7 @@ def prepare(cfg, part, source, split, tokenizer, algorithm, settings):
         rows = data.scoring_prompts(rows)
     if algorithm.ROWS == "labelled" and algorithm.needs_step(settings):
         rows = data.with_mismatched(rows, cfg.data.max_length)
+    batches.check_budget(rows, cfg.train.micro_batch_tokens)
     return rows
 
 

@@ -3,7 +3,6 @@
 No rank ever holds a full copy: reading and writing go one tensor or one layer at a time.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -38,7 +37,8 @@ def fetch(cfg):
     for turn in ("first on each host", "then the others"):
         if (turn == "first on each host") == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
             try:
-                folder = snapshot_download(name, revision=cfg.model_revision, allow_patterns=FILES)
+                files = [*FILES, *(["*.py"] if cfg.trust_remote_code else [])]
+                folder = snapshot_download(name, revision=cfg.model_revision, allow_patterns=files)
             except Exception as e:
                 raise ValueError(
                     f"model.model_name_or_path: {name!r} is not a local folder, and the hub did not give it: {type(e).__name__}: "
@@ -56,6 +56,8 @@ def build(cfg, folder, fsdp, device, seed):
     """The sharded causal language model that `cfg` (the config's `model` block) describes, with float32 weights, ready to score."""
     dtype = sharding.compute_dtype(cfg.dtype, device)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    declared = model_config.dtype  # from_config overwrites it
+    make_packable(model_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config,
@@ -68,6 +70,9 @@ def build(cfg, folder, fsdp, device, seed):
             f"model.model_name_or_path: {type(model).__name__} does not take attention by name, which packed rows need; Llama, Qwen, "
             "Mistral, Gemma 3, Phi-3, OLMo, SmolLM3, Granite and their like do"
         )
+    model.config.dtype = declared
+    if Path(folder, "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()  # before sharding, or the pair is seen as two parameters
     logprobs.add_seam(model, cfg.logprobs)
     sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
@@ -78,6 +83,22 @@ def build(cfg, folder, fsdp, device, seed):
     tied = model.config.get_text_config().tie_word_embeddings
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied, "tied embeddings came apart"
     return model.train()
+
+
+def make_packable(config):
+    """Refuse layers that look across the rows of a pack, and set dropout to 0: its draws would depend on how rows are packed.
+
+    TRL switches dropout off for preferences; here it is off for every algorithm, so the reference and the policy are one function.
+    """
+    config = config.get_text_config()
+    strange = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if strange:
+        raise ValueError(f"model.model_name_or_path: {config.model_type} has {min(strange)} layers, which would mix the rows of a pack")
+    for name, value in list(vars(config).items()):
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value:
+            setattr(config, name, 0.0)
+            if dist.get_rank() == 0:
+                print(f"{name} of the model is {value}; set to 0", flush=True)
 
 
 def check_vocabulary(model, largest_id):
@@ -174,8 +195,7 @@ def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2*
         config = type(model.config).from_dict(model.config.to_dict())
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
         config.save_pretrained(temporary)
-        with contextlib.suppress(OSError, AttributeError):
-            (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(temporary)
+        (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         publish(temporary, folder)
     dist.barrier()
@@ -218,6 +238,7 @@ def name_shards(folder, files, total):
 def publish(temporary, folder):
     """Put a finished folder in its place; one that stands there already is removed only then."""
     old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)  # a killed run may have left one
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)

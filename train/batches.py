@@ -57,13 +57,19 @@ def micro_batches(rows, chosen, budget, rank, ranks, quadratic):
     return [collate(rows, chosen, bin) for bin in deal(lengths, work, budget, ranks)[rank]]
 
 
+def check_budget(rows, budget):
+    """ValueError where one example is longer than a micro-batch may be; its rows stay together."""
+    longest = int(rows.lengths.view(-1, rows.rows_per_example).sum(-1).max())
+    if longest > budget:
+        raise ValueError(f"train.micro_batch_tokens: {budget} is less than the {longest} tokens of the longest example; raise it")
+
+
 def deal(lengths, work, budget, ranks):
     """Bins of positions: `deal(...)[rank][i]` lists what rank `rank` computes in its i-th micro-batch; all ranks have equally many.
 
     Heaviest first, each to the least loaded bin that has room; the fewest bins with which that succeeds.
     """
-    if max(lengths) > budget:
-        raise ValueError(f"train.micro_batch_tokens: {budget} is less than the {max(lengths)} tokens of one example")
+    assert max(lengths) <= budget, "check_budget comes first"
     heaviest_first = sorted(range(len(lengths)), key=lambda j: (-work[j], j))
     count = math.ceil(sum(lengths) / (budget * ranks))
     while (bins := fill(lengths, work, budget, count * ranks, heaviest_first)) is None:

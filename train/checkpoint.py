@@ -52,7 +52,7 @@ def save(output_dir, step, model, optimizer, state, keep, reference=None):
         shutil.rmtree(final, ignore_errors=True)  # only one that was rejected when this run resumed can stand here
         os.rename(temporary, final)
         sync(final.parent)
-        prune(output_dir, keep)
+        prune(output_dir, step, keep)
     dist.barrier()
 
 
@@ -121,9 +121,9 @@ def found(output_dir):
     return dict(sorted(steps.items(), reverse=True))
 
 
-def prune(output_dir, keep):
-    """Remove the oldest checkpoints, and what killed runs left half-written."""
-    old = list(found(output_dir).values())[keep:] if keep else []
+def prune(output_dir, step, keep):
+    """Remove all but the newest `keep` checkpoints up to `step`, and what killed runs left half-written."""
+    old = [folder for number, folder in found(output_dir).items() if number <= step][keep:] if keep else []
     for folder in [*old, *Path(output_dir).glob(".tmp-checkpoint-*")]:
         shutil.rmtree(folder, ignore_errors=True)
 

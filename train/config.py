@@ -169,7 +169,7 @@ class Evaluation:
     max_new_tokens: int = 256
     """Longest generated answer, tokens."""
     answer_pattern: str | None = None
-    """Regular expression; its last match (group 1 if it has one) is compared instead of the whole answer."""
+    """Regular expression; its last match (group 1 if it has one), without commas, is compared instead of the whole answer."""
 
     def __post_init__(self):
         at_least("evaluation", self, steps=0, generate=0, max_new_tokens=1)

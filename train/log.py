@@ -22,7 +22,7 @@ def say(text=""):
 
 def write_json(path, value):
     """A whole JSON file or none."""
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.urandom(4).hex()}")  # several ranks may fail at once
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
 
@@ -31,22 +31,26 @@ def write_status(output_dir, state, step, error=None):
     """run_status.json: for scripts, as torchrun turns every exit code into 1. state: running, finished, preempted or failed."""
     if dist.is_initialized() and dist.get_rank() != 0 and error is None:
         return
-    write_json(Path(output_dir, "run_status.json"), {"state": state, "step": step, "error": error, "time": time.time()})
+    path = Path(output_dir, "run_status.json")
+    if error and path.exists() and json.loads(path.read_text())["state"] == "failed":
+        return  # the first rank's cause; the others only lost their peer
+    write_json(path, {"state": state, "step": step, "error": error, "time": time.time()})
 
 
 class Log:
     """The open files of a run's metrics."""
 
     def __init__(self, output_dir, cfg, first, last):
-        """first: the step that comes next; lines of it and later ones, left by a killed run, are taken out of metrics.jsonl."""
+        """first: the step that comes next; lines of it and later ones, left by a killed run, are taken out of the .jsonl files."""
         self.path, self.every, self.last = Path(output_dir, "metrics.jsonl"), cfg.logging_steps, last
         self.bar = self.file = self.board = None
         if dist.get_rank() != 0:
             return
-        kept = [line for line in complete_lines(self.path) if json.loads(line)["step"] < first]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path)
+        for path in (self.path, self.path.with_name("samples.jsonl")):
+            kept = [line for line in complete_lines(path) if json.loads(line)["step"] < first and first > 1]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
         self.file = open(self.path, "a")  # noqa: SIM115  open for as long as the run
         if "tensorboard" in cfg.report_to:
             self.board = SummaryWriter(str(Path(output_dir, "tensorboard")), purge_step=first)

@@ -140,17 +140,20 @@ def answer(model, tokenizer, rows, cfg):
         samples.append({"prompt": tokenizer.decode(prompts[-1]), "reference": reference})
     for sample, ids in zip(samples, greedy(model, tokenizer, prompts, cfg.max_new_tokens)):
         sample["answer"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        sample["match"] = compared(sample["answer"], cfg.answer_pattern) == compared(sample["reference"], cfg.answer_pattern)
+        wanted = compared(sample["reference"], cfg.answer_pattern)
+        if wanted is None:
+            raise ValueError(f"evaluation.answer_pattern: {cfg.answer_pattern!r} is not in the reference answer {sample['reference']!r}")
+        sample["match"] = compared(sample["answer"], cfg.answer_pattern) == wanted
     score = torch.tensor([sum(s["match"] for s in samples), len(samples)], dtype=torch.float64)
     dist.all_reduce(score)
     return {"exact_match": float(score[0] / score[1])}, samples
 
 
 def compared(text, pattern):
-    """What of an answer is compared: all of it, or the pattern's last match (its first group, if it has one)."""
+    """What of an answer is compared: all of it, or the pattern's last match (its first group, if it has one) without commas; or None."""
     if pattern is None:
         return text
     found = re.findall(pattern, text)
     if not found:
         return None
-    return found[-1] if isinstance(found[-1], str) else found[-1][0]
+    return (found[-1] if isinstance(found[-1], str) else found[-1][0]).replace(",", "")

@@ -91,7 +91,7 @@ def dataset(name, split):
 
 def write_model(name, folder):
     """Put the model's config and its tokenizer, without weights, into `folder`, whole or not at all."""
-    config, own = model_config(name), Path(f"{folder}.{os.getpid()}")
+    config, own = model_config(name), Path(f"{folder}.{os.urandom(4).hex()}")
     config.save_pretrained(own)
     tokenizer(name).save_pretrained(own)
     shutil.rmtree(folder, ignore_errors=True)

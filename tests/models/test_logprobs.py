@@ -21,7 +21,7 @@ def rows(lengths, vocabulary=61, seed=0):
 
 def ours(folder, **settings):
     device = sharding.start_ranks(60)
-    return load.build(Model(str(folder), **settings), folder, Fsdp(), device, seed=0)
+    return load.build(Model(str(folder), **{"dtype": "float32"} | settings), folder, Fsdp(), device, seed=0)
 
 
 def head(vocabulary=23, hidden=8, tokens=17, bias=True):
