@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from families import COMMON, write
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from models import generate, load, sharding
+from models import generate, load, logprobs, sharding
 from train import toy
 from train.config import Fsdp, Model
 
@@ -127,3 +127,44 @@ def test_replicas_must_divide_the_ranks():
     with pytest.raises(ValueError, match=r"fsdp.replicas: 3 does not divide the 1 ranks"):
         sharding.make_mesh(device, 3)
     assert dist.get_world_size() == 1
+
+
+def test_layers_that_would_mix_rows_are_refused(tmp_path):
+    sharding.start_ranks(60)
+    AutoConfig.for_model("lfm2", **COMMON, layer_types=["conv", "full_attention"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lfm2 has conv layers, which would mix the rows of a pack"):
+        ours(tmp_path, from_scratch=True)
+
+
+def test_dropout_is_off(tmp_path, capsys):
+    """Two passes in training mode give the same log-probs, though the model's config asks for dropout."""
+    config = write("llama", tmp_path)
+    config.attention_dropout = 0.5
+    config.save_pretrained(tmp_path)
+    model = ours(tmp_path)
+    ids = torch.arange(3, 20)[None]
+    batch = {"input_ids": ids, "attention_mask": ids > 0, "loss_mask": ids > 3}
+    a, b = (logprobs.token_logps(model, batch)["logps"] for _ in range(2))
+    assert model.training and torch.equal(a, b) and a.any()
+    assert "attention_dropout of the model is 0.5; set to 0" in capsys.readouterr().out
+
+
+def test_dtype_and_generation_config_of_the_base_are_kept(tmp_path):
+    config = write("llama", tmp_path / "base")
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path / "base")
+    GenerationConfig(eos_token_id=[2, 5], temperature=0.6, do_sample=True).save_pretrained(tmp_path / "base")
+    model = ours(tmp_path / "base")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert generate.stop_ids(model, toy.tokenizer("tiny")) == [0, 2, 5]
+    load.save_pretrained(model, toy.tokenizer("tiny"), tmp_path / "out")
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_a_folder_left_by_a_kill_does_not_stand_in_the_way(tmp_path):
+    for name in ("final", ".old-final", ".tmp-final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mark").write_text(name)
+    load.publish(tmp_path / ".tmp-final", tmp_path / "final")
+    assert [p.name for p in tmp_path.iterdir()] == ["final"] and (tmp_path / "final" / "mark").read_text() == ".tmp-final"
