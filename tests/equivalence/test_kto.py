@@ -35,7 +35,7 @@ LABELS = {"mixed": [1, 0, 0, 1, 1, 0, 1], "good": [1] * 7, "bad": [0] * 7}
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 def test_loss_equals_trl(loss_type, labels, shift, weights):
-    """Where a side has no row, TRL leaves out its metrics, and ours are 0."""
+    """Where a side has no row, TRL leaves out its metrics and the margin; ours are 0, and the other side's reward."""
     cfg = kto.Config(loss_type=loss_type, beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1])
     logps, batch = micro_batch(PROMPTS, COMPLETIONS)
     batch["desirable"] = torch.tensor(LABELS[labels]).bool()
@@ -51,6 +51,7 @@ def test_loss_equals_trl(loss_type, labels, shift, weights):
     absent = {"good": "rejected", "bad": "chosen"}.get(labels)
     names = {f"{name}/{absent}" for name in ("rewards", "logps", "logits")} | {"rewards/margins"} if absent else set()
     assert metrics.keys() - expected_metrics.keys() == names
+    assert not any(metrics[name] for name in names - {"rewards/margins"})
 
 
 def ours(logps, batch, mismatched, cfg):
