@@ -3,7 +3,7 @@
 import inspect
 import math
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -180,7 +180,7 @@ def rows_of(algorithm):
 
 
 def with_logps(rows, logps):
-    return data.replace(rows, per_token=rows.per_token | {"logps": logps})
+    return replace(rows, per_token=rows.per_token | {"logps": logps})
 
 
 # ---- numbers worked by hand --------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def ids_and_masks(rows):
     return [tuple(map(torch.Tensor.tolist, rows.row(i))) for i in range(len(rows.offsets) - 1)]
 
 
-def trl_rows(trainer, rows, tok, max_length, **attributes):
+def trl_rows(trainer, rows, tok, max_length):
     """What TRL would train on: [(ids, mask)], of pairs chosen and rejected by turns."""
     made = trainer.__new__(trainer)
     vars(made).update(_tokenizer=tok, calculate_KL=False, desirable_weight=1.0, undesirable_weight=1.0)
