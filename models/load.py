@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from models import attention, logprobs, sharding
+from models import attention, generate, logprobs, sharding
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -75,6 +75,7 @@ def build(cfg, folder, fsdp, device, seed):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()  # before sharding, or the pair is seen as two parameters
     logprobs.add_seam(model, cfg.logprobs)
+    generate.add_decoder(model)
     sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
     if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
         initialise(model, seed, device)
