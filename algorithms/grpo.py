@@ -19,6 +19,7 @@ import torch
 
 ROWS = "prompts"
 REFERENCE = True  # where beta is not 0
+SUMMARY_OF = ("entropy",)
 
 
 class Tokens(NamedTuple):
@@ -51,7 +52,7 @@ def sapo(x, cfg):
 
 
 def vespo(x, cfg):
-    """VESPO, https://arxiv.org/abs/2602.10693: a gamma-shaped weight of the sequence's ratio W, phi = e^lambda W^k e^(-lambda W), held constant."""
+    """VESPO, https://arxiv.org/abs/2602.10693: the sequence's ratio W weighs it by phi = e^lambda W^k e^(-lambda W), held constant."""
     lowest, good = math.log(1e-8), x.advantages >= 0
     with torch.no_grad():
         log_w = (x.logratio.clamp(-20, 20) * x.mask).sum(-1, keepdim=True)  # (R, 1)
@@ -288,7 +289,7 @@ def needs_step(cfg):
 
 def summary(logps, batch, cfg):
     """Entropies of a row's completion (R, max_completion_length), NaN beyond it: what `spread` needs of the whole step."""
-    entropy, mask = batch[byproducts(cfg)[0]], batch["loss_mask"]
+    entropy, mask = batch["entropy"], batch["loss_mask"]
     table = torch.full((len(mask), cfg.max_completion_length), math.nan)
     table[torch.arange(cfg.max_completion_length) < mask.sum(-1, keepdim=True)] = entropy[mask]
     return table
