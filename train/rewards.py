@@ -268,7 +268,8 @@ def load(specs, columns):
             modules[spec.path] = run_file(spec)
         function = getattr(modules[spec.path], spec.name, None) if spec.path else REWARDS[spec.name]
         if not callable(function):
-            own = [name for name, value in vars(modules[spec.path]).items() if inspect.isfunction(value)]
+            here = vars(modules[spec.path])
+            own = [name for name, value in here.items() if inspect.isfunction(value) and value.__globals__ is here]
             raise ValueError(f"{spec.path} has no function {spec.name}; it has {', '.join(own) or 'none'}")
         takes = wanted(spec, function, columns)
         if not spec.path:  # so that a setting out of range stops the run at its start, and imports take none of a call's time
