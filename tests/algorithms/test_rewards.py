@@ -83,7 +83,7 @@ def test_accuracy_is_trls_on_latex():
     golds = [r"\frac{1}{3}", r"\boxed{x+1}", "$2$", r"$\sqrt{8}$", "42", r"\boxed{1,234}", r"$(1, 2)$", "a cat", r"so $x=\frac{3}{4}$"]
     words = [
         *(r"\boxed{\frac{1}{3}}", r"\boxed{\frac{2}{6}}", r"My answer is \boxed{1 + x}", r"\boxed{2\sqrt{2}}", r"\boxed{42}"),
-        *(r"\boxed{1,234}", r"\boxed{(1,2)}", r"\boxed{1} and \boxed{2}", r"\boxed{0.75}", r"\boxed{", r"so $x=\frac{3}{4}$", "none"),
+        *(r"\boxed{1,234}", r"\boxed{(1,2)}", r"\boxed{1} and \boxed{2}", r"\boxed{0.75}", r"\boxed{", "none"),
     ]
     pairs = list(product(words, golds))
     mine = both(rewards.accuracy, [w for w, _ in pairs], solution=[g for _, g in pairs], math_verify=True)
