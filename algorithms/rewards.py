@@ -67,7 +67,9 @@ def number(words):
     answer = marked(words)
     plain = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", words if answer is None else answer)
     found = NUMBER.findall(SIGNS.sub("", plain))
-    return Fraction(found[-1]) if found and (answer is None or len(found) == 1) else None
+    if not found or (answer is not None and len(found) > 1) or len(found[-1]) > 1000:  # Python reads no number of over 4300 digits
+        return None
+    return Fraction(found[-1])
 
 
 def accuracy(completions, solution=None, answer=None, math_verify=None, **columns):

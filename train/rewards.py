@@ -92,7 +92,10 @@ class Rewards:
     """
 
     def __init__(self, names: list[str], deadline: float, columns: set[str], workers: int = 1):
+        assert deadline > 0 and workers > 0, (deadline, workers)
         specs = [parse(words) for words in names]
+        if not specs:
+            raise ValueError("grpo.reward_funcs: got [], expected one or more")
         self.names = [spec.name for spec in specs]
         self.deadline, self.failures, self.first = deadline, {}, {}
         if twice := [name for name in self.names if self.names.count(name) > 1]:
@@ -204,7 +207,7 @@ class Worker:
         kind = "timeout" if self.killed else "exit"
         self.kill()
         code = self.process.returncode
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        how = f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.strsignal(-code)})"
         self.notes.seek(0)
         words = f"no answer within {seconds:g} s" if kind == "timeout" else f"the process ended with {how}"
         words += "\n" + self.notes.read().decode(errors="replace")[-3000:]

@@ -59,6 +59,7 @@ NUMERIC = [  # words, gold, reward
     (r"\boxed{1, 2}", "2", 0.0),
     ("no number", "2", 0.0),
     ("", "2", 0.0),
+    ("9" * 5000, "2", 0.0),
     ("2", "a cat", None),
     ("1", "x^2+1", None),
     ("2", r"\boxed{1, 2}", None),

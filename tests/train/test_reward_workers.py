@@ -256,6 +256,11 @@ def test_missing_answer_column(make):
         make(["accuracy"], {"gold"})
 
 
+def test_no_name(make):
+    with pytest.raises(ValueError, match="got \\[\\], expected one or more"):
+        make([])
+
+
 def test_duplicate_name(make, file):
     with pytest.raises(ValueError, match="size is there twice"):
         make([f"{file}:size", f"{file}:size(scale=2)"])
@@ -309,7 +314,7 @@ def test_a_hang_costs_its_value_alone(make, file, what):
     assert score(rewards, ["abc"], answer=["abc"]) == [[3.0, 1.0]]
 
 
-DEATHS = {"exit": "exit code 3", "segfault": "signal SIGSEGV", "close": "ended with"}
+DEATHS = {"exit": "exit code 3", "segfault": "signal 11 (Segmentation fault)", "close": "ended with"}
 
 
 @pytest.mark.parametrize("what", DEATHS)
