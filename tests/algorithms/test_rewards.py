@@ -5,7 +5,7 @@ import json
 import random
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 
@@ -169,7 +169,8 @@ def server(reply):
                 self.send_header("Location", words.decode())
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with suppress(OSError):  # a client that has stopped waiting
+                self.wfile.write(body)
 
         do_GET = do_POST
 
