@@ -52,6 +52,7 @@ class Rollouts:
         self.rewards = Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
         self.dealt, self.journal, self.stops = dealt, journal, stop_ids(model, tokenizer)
         self.drawn, self.current = 0, None  # prompts drawn so far; the rows being trained on
+        self.shown = set()  # kinds of reward failures that the console has seen
         longest = int(rows.lengths.max()) + cfg.grpo.max_completion_length
         if longest > cfg.train.micro_batch_tokens:
             raise ValueError(
@@ -228,17 +229,20 @@ class Rollouts:
         difference, inside = metrics["sampling/sampling_logp_difference/mean"], (step - 1) % sizes(self.cfg)[1]
         if not inside and difference > AGREE:
             raise ValueError(
-                f"step {step}: the log-probs of the sampler and of the trainer differ by {difference:.3g} nats on average, where {AGREE} is "
-                "the most that rounding can explain: the model is not supported by the sampler"
+                f"step {step}: the log-probs of the sampler and of the trainer differ by {difference:.3g} nats on average, where rounding "
+                f"explains at most {AGREE}: the sampler does not support this model"
             )
         signs = {
             "every reward equals its group's, so nothing is learned from this step": metrics.get("frac_reward_zero_std") == 1,
             "every completion was cut off; raise grpo.max_completion_length": metrics.get("completions/clipped_ratio") == 1,
             "the policy's entropy has collapsed": metrics["entropy"] < 1e-3,
-            f"{metrics.get('rewards/failures')} reward calls failed: {self.rewards.failures}": metrics.get("rewards/failures"),
+            f"{metrics.get('rewards/failures')} rewards failed": metrics.get("rewards/failures"),
         }
         for sign in (sign for sign, seen in signs.items() if seen):
             say(f"step {step}: warning: {sign}")
+        for kind in self.rewards.first.keys() - self.shown:
+            self.shown.add(kind)
+            print(f"rank {dist.get_rank()}: the first failure of {kind}:\n{self.rewards.first[kind]}", flush=True)
 
     def close(self):
         self.rewards.close()
