@@ -62,10 +62,8 @@ def rollouts(folder, options):
     ids = torch.zeros(len(prompts) * GROUP, width, dtype=torch.int64)
     for row in range(len(ids)):
         ids[row, width - len(prompts[row // GROUP]) :] = torch.tensor(prompts[row // GROUP])
-    padded = {
-        "input_ids": ids.to(device),
-        "attention_mask": (torch.arange(width) >= width - lengths_of(prompts)[:, None]).long().to(device),
-    }
+    real = torch.arange(width) >= width - torch.tensor([len(p) for p in prompts for _ in range(GROUP)])[:, None]
+    padded = {"input_ids": ids.to(device), "attention_mask": real.long().to(device)}
 
     def ours(turn):
         keys = [[turn * 10**6 + i * GROUP + j for j in range(GROUP)] for i in range(len(prompts))]
