@@ -29,13 +29,12 @@ def run(parent, folder, *command):
 
 
 def end(server):
-    """End the server's process group: by SIGTERM and patience if the server is still there to see to it, then by SIGKILL."""
-    deadline = time.monotonic() + PATIENCE
-    if server.poll() is None:
+    """End the server's process group: by SIGTERM and patience, which lets shared memory be freed, then by SIGKILL."""
+    deadline = time.monotonic() + (PATIENCE if server.poll() is None else 1)  # 1: the rank waits for word that the server is dead
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGTERM)
         while time.monotonic() < deadline and group_lives(server):
             time.sleep(0.1)
-    with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
