@@ -27,7 +27,7 @@ SETTINGS = {
         *({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, SUM),
     ],
     simpo: [
-        *({"loss_type": name, "beta": 0.5} for name in ("simpo", "sigmoid", "hinge", "ipo")),
+        *({"loss_type": name, "beta": 0.1} for name in ("simpo", "sigmoid", "hinge", "ipo")),
         {"cpo_alpha": 0.5, "alpha": 0.2, "label_smoothing": 0.1},
     ],
     kto: [{"loss_type": "kto", "undesirable_weight": 0.5}, {"loss_type": "apo_zero_unpaired"}],
