@@ -32,9 +32,7 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -42,7 +40,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from models import generate, load, logprobs
-from train.config import at_least, require
+from models.generate import Completion
+from train.config import address_of
 
 LOCAL = "127.0.0.1"
 SHARED_MEMORY = Path("/dev/shm")
@@ -57,51 +56,12 @@ OF_THE_RANK = {  # set by torchrun, and wrong in a process that is not a rank
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    vllm_address: str | None = None
-    """host:port of a running server, started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs; null: start one."""
-    vllm_command: str = "python"
-    """Starts the Python of the environment that has vLLM."""
-    vllm_devices: str | None = None
-    """CUDA_VISIBLE_DEVICES of the started server; null: as the run's own, whose GPUs it then shares."""
-    vllm_gpu_memory_utilization: float = 0.3
-    """Share of the memory of each of its GPUs that the started server takes."""
-    vllm_timeout_seconds: float = 600
-    """The longest that one request (a completion, a change of weights) may take."""
-    vllm_start_timeout_seconds: float = 600
-    """The longest that the server may take until it is ready."""
-    vllm_weights_dir: str | None = None
-    """Where new weights are handed over, a folder that the server can read; null: /dev/shm if there is room, else `output_dir`."""
-    vllm_extra_args: list[str] = field(default_factory=list)
-    """More arguments of the started server, e.g. [--tensor-parallel-size, "2"]."""
-
-    def __post_init__(self):
-        address = self.vllm_address
-        require(address is None or split(address), "rollout.vllm_address", address, "host:port, e.g. 127.0.0.1:8000")
-        require(shlex.split(self.vllm_command), "rollout.vllm_command", self.vllm_command, "a Python, e.g. /opt/vllm/bin/python")
-        share = self.vllm_gpu_memory_utilization
-        require(0 < share <= 1, "rollout.vllm_gpu_memory_utilization", share, "a number above 0 and up to 1")
-        at_least("rollout", self, vllm_timeout_seconds=1, vllm_start_timeout_seconds=1)
-        for name in ("vllm_command", "vllm_devices", "vllm_gpu_memory_utilization", "vllm_extra_args"):
-            value, unset = getattr(self, name), type(self).__dataclass_fields__[name]
-            unset = unset.default_factory() if name == "vllm_extra_args" else unset.default
-            require(address is None or value == unset, f"rollout.{name}", value, "nothing, as the server at vllm_address already runs")
-
-
-@dataclass(frozen=True)
-class Completion:
-    ids: list[int]
-    """Sampled tokens; the last is a stop token unless the completion was cut at its longest."""
-    logps: list[float]
-    """Nats, one per token, of the distribution that was sampled."""
-
-
 class VllmServer:
     """A server, started or given by address, that all ranks share: every rank makes one, calls `update`, then `sample`, and so on."""
 
     def __init__(self, settings, model_folder, output_dir, max_model_len, dtype):
-        """dtype: the torch dtype in which the server computes and weights travel; max_model_len: tokens of prompt and completion.
+        """settings: the config's `rollout` block. dtype: in which the server computes and weights travel. max_model_len: tokens of a prompt
+        and its completion.
 
         ValueError where the settings cannot work, RuntimeError where the server does not get ready, with the end of its log.
         """
@@ -114,7 +74,7 @@ class VllmServer:
         if self.own:
             self.address = LOCAL, self.start(model_folder)
         else:
-            self.address = split(settings.vllm_address)
+            self.address = address_of(settings.vllm_address)
         try:
             self.wait_until_ready()
             if not self.own and dist.get_rank() == 0:
@@ -142,14 +102,14 @@ class VllmServer:
     def sample(self, prompts, keys, sampling):
         """len(keys[i]) completions of each prompt i (token ids), in the keys' order: list[list[Completion]].
 
-        A key, a whole number, seeds one completion. `sampling` has max_completion_length, temperature, top_p, top_k (0: off), min_p. Ranks
+        A key, a whole number, seeds one completion. sampling: a models.generate.Sampling. Ranks
         may call it with different prompts. RuntimeError for a server that is dead, slow or answers wrongly.
         """
         assert self.stop_ids is not None, "update comes first: the server does not have the policy's weights"
-        longest = max(map(len, prompts), default=0) + sampling.max_completion_length
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
         if longest > self.max_model_len:  # vLLM would cut completions short without a word
             what = f"a prompt and its completion may have {longest} tokens, the vLLM server takes {self.max_model_len}"
-            raise ValueError(f"rollout.max_completion_length: {what}")
+            raise ValueError(f"grpo.max_completion_length: {what}")
         jobs = [self.request_body(prompt, key, sampling) for prompt, own in zip(prompts, keys, strict=True) for key in own]
         pool = ThreadPoolExecutor(max_workers=min(max(len(jobs), 1), IN_FLIGHT))
         try:
@@ -235,7 +195,7 @@ class VllmServer:
         return {
             "prompt": prompt,
             "seed": key % 2**63,
-            "max_tokens": sampling.max_completion_length,
+            "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
@@ -400,16 +360,6 @@ def write_tied(model, folder):
             table = json.loads(index.read_text())
             table["weight_map"][head] = "tied.safetensors"
             index.write_text(json.dumps(table))
-
-
-def split(address):
-    """(host, port) of "host:port", or None if it is something else."""
-    try:
-        parts = urlsplit(f"//{address}")
-        good = parts.hostname and parts.port and parts.netloc == address and "@" not in address
-    except ValueError:
-        return None
-    return (parts.hostname, parts.port) if good else None
 
 
 def exchange(address, method, path, body, timeout):

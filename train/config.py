@@ -11,11 +11,13 @@ import itertools
 import math
 import os
 import re
+import shlex
 import sys
 import textwrap
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
+from urllib.parse import urlsplit
 
 import jsonargparse
 import yaml
@@ -65,6 +67,16 @@ def at_least(block, settings, **lows):
     for name, low in lows.items():
         value = getattr(settings, name)
         require(value is None or low <= value < math.inf, f"{block}.{name}", value, f"a number from {low} up")
+
+
+def address_of(address):
+    """(host, port) of "host:port", or None if it is something else."""
+    try:
+        parts = urlsplit(f"//{address}")
+        good = parts.hostname and parts.port and parts.netloc == address and "@" not in address
+    except ValueError:
+        return None
+    return (parts.hostname, parts.port) if good else None
 
 
 @dataclass(frozen=True)
@@ -192,15 +204,47 @@ class Evaluation:
 class Rollout:
     """How GRPO's completions are sampled and judged; what is sampled is in `grpo`."""
 
+    engine: Literal["in_process", "vllm_server"] = "in_process"
+    """in_process: the trainer's own weights, in its own process; vllm_server: a vLLM server, for models that outgrow that."""
     batch_size: int = 256
-    """Completions that one rank decodes at once, and keeps caches for."""
+    """Completions that one rank of in_process decodes at once, and keeps caches for."""
     reward_seconds: float = 60.0
     """A reward function that takes longer over a rollout is stopped, and what it made slow gets no reward."""
     reward_workers: int = 1
     """Processes per rank that run reward functions."""
+    vllm_address: str | None = None
+    """host:port of a running server, started with VLLM_SERVER_DEV_MODE=1 and --logprobs-mode processed_logprobs; null: start one."""
+    vllm_command: str = "python"
+    """Starts the Python of the environment that has vLLM."""
+    vllm_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of the started server; null: as the run's own, whose GPUs it then shares."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the memory of each of its GPUs that the started server takes."""
+    vllm_timeout_seconds: float = 600
+    """The longest that one request (a completion, a change of weights) may take."""
+    vllm_start_timeout_seconds: float = 600
+    """The longest that the server may take until it is ready."""
+    vllm_weights_dir: str | None = None
+    """Where new weights are handed over, a folder that the server can read; null: /dev/shm if there is room, else `output_dir`."""
+    vllm_extra_args: list[str] = field(default_factory=list)
+    """More arguments of the started server, e.g. [--tensor-parallel-size, "2"]."""
 
     def __post_init__(self):
         at_least("rollout", self, batch_size=1, reward_workers=1)
+        for f in fields(self):
+            unset = f.default if f.default is not MISSING else f.default_factory()
+            alone = not f.name.startswith("vllm_") or self.engine == "vllm_server" or getattr(self, f.name) == unset
+            require(alone, f"rollout.{f.name}", getattr(self, f.name), "nothing, unless rollout.engine is vllm_server")
+        address = self.vllm_address
+        require(address is None or address_of(address), "rollout.vllm_address", address, "host:port, e.g. 127.0.0.1:8000")
+        require(shlex.split(self.vllm_command), "rollout.vllm_command", self.vllm_command, "a Python, e.g. /opt/vllm/bin/python")
+        share = self.vllm_gpu_memory_utilization
+        require(0 < share <= 1, "rollout.vllm_gpu_memory_utilization", share, "a number above 0 and up to 1")
+        at_least("rollout", self, vllm_timeout_seconds=1, vllm_start_timeout_seconds=1)
+        for name in ("vllm_command", "vllm_devices", "vllm_gpu_memory_utilization", "vllm_extra_args"):
+            value, unset = getattr(self, name), type(self).__dataclass_fields__[name]
+            unset = unset.default_factory() if name == "vllm_extra_args" else unset.default
+            require(address is None or value == unset, f"rollout.{name}", value, "nothing, as the server at vllm_address already runs")
         require(0 < self.reward_seconds < math.inf, "rollout.reward_seconds", self.reward_seconds, "a number above 0")
 
 
@@ -299,6 +343,13 @@ class Config:
         if self.algorithm == "grpo":
             whole, size = self.train.global_batch_size % self.grpo.num_generations == 0, self.train.global_batch_size
             require(whole, "train.global_batch_size", size, f"a multiple of grpo.num_generations, {self.grpo.num_generations}")
+        if self.rollout.engine == "vllm_server" and self.grpo.vllm_importance_sampling_correction:
+            mode, off = self.grpo.vllm_importance_sampling_mode, "or vllm_importance_sampling_correction: false"
+            by_token = self.grpo.loss_type != "vespo" or mode.startswith("token")
+            require(by_token, "grpo.vllm_importance_sampling_mode", mode, f"token_mask or token_truncate for vespo, {off}")
+            for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):  # vLLM's log-probs are then of what is left
+                value = getattr(self.grpo, name)
+                require(value == neutral, f"grpo.{name}", value, f"{neutral}, as it would bias the importance ratio to vLLM, {off}")
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")

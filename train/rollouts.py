@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from algorithms import grpo
+from models import sharding
 from models.generate import Sampling, generate, stop_ids
+from models.vllm_server import VllmServer
 from train import batches, reference
 from train.data import Rows
 from train.log import say
@@ -45,8 +47,11 @@ class Answers(NamedTuple):
 class Rollouts:
     """What samples, and what is left of the last rollout. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, cfg, model, tokenizer, rows, dealt, journal):
-        """dealt: (budget, rank, ranks, quadratic) of train.batches.micro_batches. ValueError for reward functions that cannot be used."""
+    def __init__(self, cfg, folder, model, tokenizer, rows, dealt, journal):
+        """folder: of the model as it was. dealt: (budget, rank, ranks, quadratic) of train.batches.micro_batches.
+
+        ValueError for reward functions that cannot be used, or a prompt that has no room.
+        """
         self.cfg, self.model, self.tokenizer, self.rows = cfg, model, tokenizer, rows
         columns = {name for example in rows.examples for name in example} - {"prompt"}
         self.rewards = Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
@@ -59,6 +64,11 @@ class Rollouts:
                 f"train.micro_batch_tokens: {cfg.train.micro_batch_tokens} is less than the longest prompt, {int(rows.lengths.max())} "
                 f"tokens, and grpo.max_completion_length, {cfg.grpo.max_completion_length}; raise it"
             )
+        self.server = None
+        if cfg.rollout.engine == "vllm_server":
+            room = int(rows.lengths.max()) + max(cfg.grpo.max_completion_length, cfg.evaluation.max_new_tokens)
+            dtype = sharding.compute_dtype(cfg.model.dtype, model.lm_head.weight.device)
+            self.server = VllmServer(cfg.rollout, folder, cfg.output_dir, room, dtype)
 
     def steps(self, first):
         """Endless optimizer steps from step `first` on."""
@@ -91,6 +101,8 @@ class Rollouts:
     def roll(self, step):
         """Sample and judge one rollout into `self.current`. Returns its metrics."""
         began, settings = time.perf_counter(), self.cfg.grpo
+        if self.server:
+            self.server.update(self.model, self.tokenizer)
         wanted, _ = sizes(self.cfg)
         kept, spare, failed, rounds = None, None, sum(self.rewards.failures.values()), 0
         while rounds <= settings.dynamic_sampling and (kept is None or len(kept.prompts) < wanted):
@@ -127,7 +139,11 @@ class Rollouts:
         sampling = sampling or Sampling(settings.max_completion_length, settings.temperature, *filters)
         mine, g = range(len(chosen))[rank::ranks], len(keys[0])
         prompts = [rows.row(chosen[i])[0].tolist() for i in mine]
-        found = generate(self.model, prompts, [keys[i] for i in mine], sampling, self.stops, self.cfg.rollout.batch_size)
+        keys = [keys[i] for i in mine]
+        if self.server:
+            found = self.server.sample(prompts, keys, sampling)
+        else:
+            found = generate(self.model, prompts, keys, sampling, self.stops, self.cfg.rollout.batch_size)
         ids = torch.zeros(len(chosen) * g, sampling.max_new_tokens, dtype=torch.int32)
         logps, lengths = torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.int64)
         rewards = torch.zeros(len(ids), len(self.rewards.names), dtype=torch.float64)
@@ -169,6 +185,8 @@ class Rollouts:
         rows = Rows.of(torch.cat(ids), torch.cat(masks), offsets, {"advantages": advantages.float()})
         rows.per_token["sampling_logps"] = torch.cat(logps)
         rows.constants["temperature"] = torch.tensor(self.cfg.grpo.temperature)
+        if self.server:
+            rows.constants["foreign_sampler"] = torch.tensor(True)
         return rows
 
     def ended(self, answers):
@@ -213,6 +231,8 @@ class Rollouts:
     def evaluate(self, rows):
         """Rewards of held-out answers. Returns (metrics, rank 0's samples). A sample passes where its first reward is above 1/2."""
         cfg = self.cfg.evaluation
+        if self.server:
+            self.server.update(self.model, self.tokenizer)
         chosen = range(min(cfg.generate, len(rows)))
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature)
         answers = self.answer(rows, chosen, [self.keys(f"eval {i}", cfg.num_samples) for i in chosen], sampling)
@@ -227,7 +247,7 @@ class Rollouts:
     def check(self, step, metrics):
         """Before an update: ValueError where sampler and trainer disagree on one policy; a line where the run looks sick."""
         difference, inside = metrics["sampling/sampling_logp_difference/mean"], (step - 1) % sizes(self.cfg)[1]
-        if not inside and difference > AGREE:
+        if not inside and difference > AGREE and not self.server:
             raise ValueError(
                 f"step {step}: the log-probs of the sampler and of the trainer differ by {difference:.3g} nats on average, where rounding "
                 f"explains at most {AGREE}: the sampler does not support this model"
@@ -246,6 +266,8 @@ class Rollouts:
 
     def close(self):
         self.rewards.close()
+        if self.server:
+            self.server.close()
 
 
 def sizes(cfg):

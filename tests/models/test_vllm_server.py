@@ -22,9 +22,10 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load, logprobs, vllm_server
-from models.vllm_server import Settings, VllmServer
+from models.generate import Sampling
+from models.vllm_server import VllmServer
 from train import toy
-from train.config import Fsdp, Model
+from train.config import Fsdp, Model, Rollout, address_of
 
 PYTHON = os.environ.get("BARETUNE_VLLM_PYTHON")
 needs_vllm = pytest.mark.skipif(
@@ -35,8 +36,7 @@ PROMPTS = [[5, 6, 7], [9] * 40, [11], list(range(20, 30))]
 
 
 def sampling(**settings):
-    defaults = {"max_completion_length": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None}
-    return SimpleNamespace(**defaults | settings)
+    return Sampling(**{"max_new_tokens": 32, "temperature": 1.0} | settings)
 
 
 def make_folder(folder):
@@ -54,7 +54,7 @@ def policy(folder, device):
 
 
 def own_settings(**settings):
-    return Settings(vllm_command=PYTHON, vllm_extra_args=["--enforce-eager"], **settings)
+    return Rollout(engine="vllm_server", vllm_command=PYTHON, vllm_extra_args=["--enforce-eager"], **settings)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_log_probs_of_truncated_sampling_are_those_of_the_kept_tokens(real):
 
 @needs_vllm
 def test_a_completion_ends_with_its_stop_token_or_at_the_limit(real):
-    answers = real.server.sample(PROMPTS, [list(range(i, i + 12)) for i in (0, 20, 40, 60)], sampling(max_completion_length=48))
+    answers = real.server.sample(PROMPTS, [list(range(i, i + 12)) for i in (0, 20, 40, 60)], sampling(max_new_tokens=48))
     stops = set(real.server.stop_ids)
     rows = [c for group in answers for c in group]
     ended = [c for c in rows if c.ids[-1] in stops]
@@ -150,7 +150,7 @@ def test_new_weights_are_used_after_update_whole(real, one_rank):
 
 @needs_vllm
 def test_a_given_server_is_used_and_a_hanging_one_is_an_error(real, tmp_path):
-    settings = Settings(vllm_address=real.server.name(), vllm_timeout_seconds=10, vllm_start_timeout_seconds=3)
+    settings = Rollout(engine="vllm_server", vllm_address=real.server.name(), vllm_timeout_seconds=10, vllm_start_timeout_seconds=3)
     given = VllmServer(settings, real.folder, tmp_path, 128, torch.float32)
     given.update(real.model, real.tokenizer)
     assert list(tmp_path.iterdir()) == []
@@ -185,20 +185,19 @@ def test_close_ends_every_process(real, tmp_path):
 RANKS = """
 import json, os, sys, time
 from pathlib import Path
-from types import SimpleNamespace
 import torch, torch.distributed as dist
 from transformers import AutoTokenizer
-from models import load, sharding, vllm_server
-from train.config import Fsdp, Model
+from models import generate, load, sharding, vllm_server
+from train.config import Fsdp, Model, Rollout
 
 folder, python = sys.argv[1:]
 device = sharding.start_ranks(300)
 rank = dist.get_rank()
 model = load.build(Model(folder), folder, Fsdp(), device, 0)
-settings = vllm_server.Settings(vllm_command=python, vllm_extra_args=["--enforce-eager"])
+settings = Rollout(engine="vllm_server", vllm_command=python, vllm_extra_args=["--enforce-eager"])
 server = vllm_server.VllmServer(settings, folder, "out", 128, torch.float32)
 server.update(model, AutoTokenizer.from_pretrained(folder))
-sampling = SimpleNamespace(max_completion_length=8, temperature=1.0, top_p=1.0, top_k=0, min_p=None)
+sampling = generate.Sampling(8, temperature=1.0)
 (answer,) = server.sample([[5 + rank, 6, 7]], [[rank]], sampling)[0]
 out = {"ids": answer.ids, "logps": answer.logps, "watch": server.process and server.process.pid, "pid": os.getpid()}
 Path(f"{rank}.tmp").write_text(json.dumps(out))
@@ -307,7 +306,7 @@ def web(one_rank, tmp_path):
     def serve(*script, **settings):
         httpd.script, httpd.requests = [answers({"vllm_config": {"model_config": SERVES}})], 0
         address = f"127.0.0.1:{httpd.server_address[1]}"
-        server = VllmServer(Settings(vllm_address=address, **settings), "none", tmp_path, 128, torch.float32)
+        server = VllmServer(Rollout(engine="vllm_server", vllm_address=address, **settings), "none", tmp_path, 128, torch.float32)
         server.stop_ids = [0]
         httpd.script, httpd.requests = list(script), 0
         return server, httpd
@@ -375,7 +374,7 @@ def test_a_wrong_answer_is_an_error(web, script, message, requests):
 
 def test_a_prompt_that_leaves_too_little_room_is_refused(web):
     server, httpd = web(answers(GOOD))
-    with pytest.raises(ValueError, match=r"^rollout.max_completion_length: .* 152 tokens, the vLLM server takes 128"):
+    with pytest.raises(ValueError, match=r"^grpo.max_completion_length: .* 152 tokens, the vLLM server takes 128"):
         server.sample([[5], [5] * 120], [[1], [2]], sampling())
     assert httpd.requests == 0
 
@@ -428,20 +427,20 @@ def test_a_given_server_of_another_kind_is_refused(web, what, message):
 def test_an_address_where_nobody_answers(one_rank, tmp_path):
     with socket.socket() as bound, pytest.raises(RuntimeError, match=r"was not ready after 1 s .*Refused"):
         bound.bind(("127.0.0.1", 0))  # and does not listen
-        settings = Settings(vllm_address=f"127.0.0.1:{bound.getsockname()[1]}", vllm_start_timeout_seconds=1)
+        settings = Rollout(engine="vllm_server", vllm_address=f"127.0.0.1:{bound.getsockname()[1]}", vllm_start_timeout_seconds=1)
         VllmServer(settings, "none", tmp_path, 128, torch.float32)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(RuntimeError, match=r"was not ready after 1 s .*TimeoutError"):
-        settings = Settings(vllm_address=f"127.0.0.1:{silent.getsockname()[1]}", vllm_start_timeout_seconds=1)
+        settings = Rollout(engine="vllm_server", vllm_address=f"127.0.0.1:{silent.getsockname()[1]}", vllm_start_timeout_seconds=1)
         VllmServer(settings, "none", tmp_path, 128, torch.float32)
 
 
 def test_a_command_that_cannot_start_vllm(one_rank, tmp_path):
     with pytest.raises(ValueError, match=r"rollout.vllm_command: there is no program 'no-such-python'"):
-        VllmServer(Settings(vllm_command="no-such-python -O"), "none", tmp_path, 128, torch.float32)
+        VllmServer(Rollout(engine="vllm_server", vllm_command="no-such-python -O"), "none", tmp_path, 128, torch.float32)
     begun = time.monotonic()
     bare = f"{sys.executable} -I -S"  # without any package
     with pytest.raises(RuntimeError, match=r"(?s)^rollout.engine: .*ended before it was ready; the end of .*No module named"):
-        VllmServer(Settings(vllm_command=bare), "none", tmp_path, 128, torch.float32)
+        VllmServer(Rollout(engine="vllm_server", vllm_command=bare), "none", tmp_path, 128, torch.float32)
     assert time.monotonic() - begun < 15
 
 
@@ -460,12 +459,12 @@ def test_a_command_that_cannot_start_vllm(one_rank, tmp_path):
 )
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"^rollout.{message}"):
-        Settings(**settings)
+        Rollout(engine="vllm_server", **settings)
 
 
 def test_addresses():
-    assert vllm_server.split("127.0.0.1:8000") == ("127.0.0.1", 8000)
-    assert vllm_server.split("[::1]:8000") == ("::1", 8000)
+    assert address_of("127.0.0.1:8000") == ("127.0.0.1", 8000)
+    assert address_of("[::1]:8000") == ("::1", 8000)
 
 
 def test_the_watch_ends_children_that_ignore_a_request(tmp_path):
@@ -505,3 +504,31 @@ def test_weights_go_to_shared_memory_only_where_there_is_room(web, one_rank, tmp
     assert (server.scratch.stat().st_mode & 0o777) == 0o700
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert server.weights_folder(model).parent == Path(tmp_path, "vllm_weights")
+
+
+@needs_vllm
+def test_a_run_with_vllm_as_its_sampler(start, tmp_path):
+    """Three steps of GRPO on two ranks: the loss is corrected for the sampler, whose log-probs are the trainer's but for rounding."""
+    settings = {
+        "algorithm": "grpo",
+        "output_dir": str(tmp_path / "run"),
+        "model.model_name_or_path": make_folder(tmp_path / "model"),
+        "data.train": "builtin:letters",
+        "train.global_batch_size": 16,
+        "train.micro_batch_tokens": 512,
+        "train.max_steps": 3,
+        "train.learning_rate": 1e-3,
+        "grpo.reward_funcs": ["length(target=4)"],
+        "grpo.num_generations": 4,
+        "grpo.max_completion_length": 12,
+        "rollout.engine": "vllm_server",
+        "rollout.vllm_command": PYTHON,
+        "rollout.vllm_extra_args": ["--enforce-eager"],
+    }
+    run = start(settings, 2).wait()
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["sampling/sampling_logp_difference/mean"] < 1e-4  # also after updates: the server has the new weights
+        assert abs(line["sampling/importance_sampling_ratio/mean"] - 1) < 1e-3
+        assert line["completions/mean_length"] <= 12 and line["grad_norm"] > 0
