@@ -297,8 +297,9 @@ def summary(logps, batch, cfg):
 
 def spread(step, cfg):
     """From the entropies (B, L) of a whole step: the entropy from which a token counts, and how many do, one copy per completion."""
-    known = step[~step.isnan()].float()
-    threshold = torch.quantile(known, 1 - cfg.top_entropy_quantile)
+    known = step[~step.isnan()].float().sort().values
+    place = (1 - cfg.top_entropy_quantile) * max(len(known) - 1, 0)  # torch.quantile takes neither no number nor more than 16 million
+    threshold = known[math.floor(place)].lerp(known[math.ceil(place)], place % 1) if len(known) else torch.tensor(math.inf)
     return {"entropy_threshold": threshold.expand(len(step)), "lively_tokens": (known >= threshold).sum().expand(len(step))}
 
 
