@@ -8,7 +8,8 @@ Departs from the paper, as TRL does: `dapo` is the default, without a KL term; t
 (`use_bias_correction_kl`).
 Departs from TRL: what a loss divides by, the entropy quantile and the entropy bonus are of the whole optimizer step, never of a
 micro-batch, a rank or an expected number of tokens (so bnpo equals dapo); cispo's `epsilon_high` is the cap of the ratio, as there, but 5
-by default; metrics that are extremes over rows (clip_ratio/low_min, high_max) are left out.
+by default; metrics that are extremes over rows (clip_ratio/low_min, high_max) are left out; vespo's sum over a sequence leaves out its padding, which
+there counts where a bound of the sampler's weight excludes 1.
 """
 
 import math
@@ -57,7 +58,7 @@ def vespo(x, cfg):
     with torch.no_grad():
         log_w = (x.logratio.clamp(-20, 20) * x.mask).sum(-1, keepdim=True)  # (R, 1)
         if isinstance(x.correction, torch.Tensor):
-            log_w = log_w + x.correction.log().clamp(lowest, 20).sum(-1, keepdim=True)
+            log_w = log_w + (x.correction.log().clamp(lowest, 20) * x.mask).sum(-1, keepdim=True)
         log_w = log_w.clamp(lowest, 20)
         k = torch.where(good, cfg.vespo_k_pos, cfg.vespo_k_neg)
         rate = torch.where(good, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg).clamp(min=1e-4)
