@@ -8,8 +8,8 @@ Departs from the paper, as TRL does: `dapo` is the default, without a KL term; t
 (`use_bias_correction_kl`).
 Departs from TRL: what a loss divides by, the entropy quantile and the entropy bonus are of the whole optimizer step, never of a
 micro-batch, a rank or an expected number of tokens (so bnpo equals dapo); cispo's `epsilon_high` is the cap of the ratio, as there, but 5
-by default; metrics that are extremes over rows (clip_ratio/low_min, high_max) are left out; vespo's sum over a sequence leaves out its padding, which
-there counts where a bound of the sampler's weight excludes 1.
+by default; metrics that are extremes over rows (clip_ratio/low_min, high_max) are left out; vespo's sum over a sequence leaves out its
+padding, which there counts where a bound of the sampler's weight excludes 1.
 """
 
 import math
