@@ -54,16 +54,20 @@ def sapo(x, cfg):
 
 def vespo(x, cfg):
     """VESPO, https://arxiv.org/abs/2602.10693: the sequence's ratio W weighs it by phi = e^lambda W^k e^(-lambda W), held constant."""
+    return -phi(x, cfg) * x.advantages * x.logps
+
+
+@torch.no_grad()
+def phi(x, cfg):
+    """vespo's weight of each row (R, 1)."""
     lowest, good = math.log(1e-8), x.advantages >= 0
-    with torch.no_grad():
-        log_w = (x.logratio.clamp(-20, 20) * x.mask).sum(-1, keepdim=True)  # (R, 1)
-        if isinstance(x.correction, torch.Tensor):
-            log_w = log_w + (x.correction.log().clamp(lowest, 20) * x.mask).sum(-1, keepdim=True)
-        log_w = log_w.clamp(lowest, 20)
-        k = torch.where(good, cfg.vespo_k_pos, cfg.vespo_k_neg)
-        rate = torch.where(good, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg).clamp(min=1e-4)
-        phi = (rate + k * log_w - rate * log_w.exp()).exp()  # (R, 1)
-    return -phi * x.advantages * x.logps
+    log_w = (x.logratio.clamp(-20, 20) * x.mask).sum(-1, keepdim=True)  # (R, 1)
+    if isinstance(x.correction, torch.Tensor):
+        log_w = log_w + (x.correction.log().clamp(lowest, 20) * x.mask).sum(-1, keepdim=True)
+    log_w = log_w.clamp(lowest, 20)
+    k = torch.where(good, cfg.vespo_k_pos, cfg.vespo_k_neg)
+    rate = torch.where(good, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg).clamp(min=1e-4)
+    return (rate + k * log_w - rate * log_w.exp()).exp()
 
 
 LOSSES = dict.fromkeys(("dapo", "grpo", "bnpo", "dr_grpo", "luspo"), clipped) | {"cispo": cispo, "sapo": sapo, "vespo": vespo}
@@ -278,6 +282,8 @@ def measured(x, batch, entropy, totals, cfg):
         metrics["clip_ratio/region_mean"] = mean(low_clipped + high_clipped)
     if cfg.loss_type == "cispo":
         metrics["cispo_clip_ratio"] = mean(((x.ratio > cfg.cispo_cap) & (x.advantages > 0)).float())
+    if cfg.loss_type == "vespo":
+        metrics["vespo/phi_seq_mean"] = mean(phi(x, cfg))
     if isinstance(x.correction, torch.Tensor):
         metrics["sampling/importance_sampling_ratio/mean"] = mean(x.correction)
     return metrics
