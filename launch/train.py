@@ -68,7 +68,7 @@ def run(cfg, device, progress):
     journal = log.Log(cfg.output_dir, cfg.log, first, last)
     rows, held_out, follower = with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out)
     changing = follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
-    sampler = rollouts.Rollouts(cfg, model, tokenizer, rows, dealt, journal) if algorithm.ROWS == "prompts" else None
+    sampler = rollouts.Rollouts(cfg, model, tokenizer, rows, held_out, dealt, journal) if algorithm.ROWS == "prompts" else None
     optimizer = optim.make_optimizer(model, cfg.train)
     state = checkpoint.load(resumed, model, optimizer, changing) if resumed else {"num_tokens": 0}
     if sampler and resumed:

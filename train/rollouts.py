@@ -45,11 +45,12 @@ class Answers(NamedTuple):
 class Rollouts:
     """What samples, and what is left of the last rollout. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, cfg, model, tokenizer, rows, dealt, journal):
+    def __init__(self, cfg, model, tokenizer, rows, held_out, dealt, journal):
         """dealt: (budget, rank, ranks, quadratic) of train.batches.micro_batches. ValueError for reward functions that cannot be used."""
         self.cfg, self.model, self.tokenizer, self.rows = cfg, model, tokenizer, rows
-        columns = {name for example in rows.examples for name in example} - {"prompt"}
-        self.rewards = Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
+        parts = [{name for example in part.examples for name in example} for part in (rows, held_out) if part]
+        self.columns = set.intersection(*parts) - {"prompt"}  # what every call of a reward function can be given
+        self.rewards = Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, self.columns, cfg.rollout.reward_workers)
         self.dealt, self.journal, self.stops = dealt, journal, stop_ids(model, tokenizer)
         self.drawn, self.current = 0, None  # prompts drawn so far; the rows being trained on
         self.shown = set()  # kinds of reward failures that the console has seen
@@ -145,7 +146,7 @@ class Rollouts:
         if not completions:
             return torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
         examples = [rows.examples[i] for i in chosen]
-        columns = {name: [e.get(name) for e in examples] for name in rows.examples[0] if name != "prompt"}
+        columns = {name: [e.get(name) for e in examples] for name in self.columns}
         texts = [self.text(example, ids) for example, ids in zip(examples, completions)]
         scores = self.rewards.score([e["prompt"] for e in examples], texts, completions, columns)
         return torch.tensor(scores, dtype=torch.float64)
