@@ -320,15 +320,21 @@ def advantages(rewards, cfg):
     grouped, unknown = rewards.view(-1, cfg.num_generations, rewards.shape[1]), rewards.isnan().all(-1)  # (P, G, K), (N,)
     total = (rewards * weights).nansum(-1).masked_fill(unknown, math.nan)  # (N,)
     groups = total.view(-1, cfg.num_generations)  # (P, G)
-    flat = torch.isclose(nanstd(groups, -1)[:, 0].nan_to_num(0.0), torch.zeros((), dtype=rewards.dtype))  # (P,)
     if cfg.multi_objective_aggregation == "normalize_then_sum":
+        flat = equal(nanstd(grouped, 1)[:, 0]).all(-1)  # (P,) rewards that differ may have equal sums
         scaled = (grouped - grouped.nanmean(1, keepdim=True)) / (nanstd(grouped, 1) + 1e-4)  # (P, G, K)
         total = (scaled.view(rewards.shape) * weights).nansum(-1).masked_fill(unknown, math.nan)
         return ((total - total.nanmean()) / (nanstd(total, 0) + 1e-4)).nan_to_num(0.0), flat
+    flat = equal(nanstd(groups, -1)[:, 0])  # (P,)
     centred = groups - groups.nanmean(-1, keepdim=True)
     if cfg.scale_rewards != "none":
         centred = centred / ((nanstd(groups, -1) if cfg.scale_rewards == "group" else nanstd(total, 0)) + 1e-4)
     return centred.flatten().nan_to_num(0.0), flat
+
+
+def equal(deviation):
+    """Whether numbers of this standard deviation are all equal; true of fewer than two."""
+    return torch.isclose(deviation.nan_to_num(0.0), torch.zeros_like(deviation))
 
 
 def nanstd(x, dim):
