@@ -228,7 +228,7 @@ class Rollouts:
     def check(self, step, metrics):
         """Before an update: ValueError where sampler and trainer disagree on one policy; a line where the run looks sick."""
         difference, inside = metrics["sampling/sampling_logp_difference/mean"], (step - 1) % sizes(self.cfg)[1]
-        if not inside and difference > AGREE:
+        if not inside and not difference <= AGREE:  # NaN too
             raise ValueError(
                 f"step {step}: the log-probs of the sampler and of the trainer differ by {difference:.3g} nats on average, where rounding "
                 f"explains at most {AGREE}: the sampler does not support this model"
