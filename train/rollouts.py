@@ -214,13 +214,14 @@ class Rollouts:
     def evaluate(self, rows):
         """Rewards of held-out answers. Returns (metrics, rank 0's samples). A sample passes where its first reward is above 1/2."""
         cfg = self.cfg.evaluation
-        chosen = range(min(cfg.generate, len(rows)))
+        chosen, failed = range(min(cfg.generate, len(rows))), sum(self.rewards.failures.values())
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature)
         answers = self.answer(rows, chosen, [self.keys(f"eval {i}", cfg.num_samples) for i in chosen], sampling)
         passed = (answers.rewards[:, 0] > 0.5).view(-1, cfg.num_samples)  # (P, k)
         metrics = self.metrics(answers, torch.zeros(len(chosen)))
         shown = ("reward", "completions/mean_length", "completions/clipped_ratio", *(f"rewards/{name}/mean" for name in self.rewards.names))
         metrics = {name: metrics[name] for name in shown if name in metrics} | {"pass@1": float(passed.double().mean())}
+        metrics["rewards/failures"] = self.failures(failed)
         if cfg.num_samples > 1:
             metrics[f"pass@{cfg.num_samples}"] = float(passed.any(-1).double().mean())
         return metrics, self.samples(rows, answers)
