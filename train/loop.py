@@ -86,7 +86,10 @@ def total_counts(algorithm, micro_batches, stopping):
     dist.all_reduce(sums)
     totals = dict(zip(mine, sums.tolist()))
     if not totals["trained_tokens"]:
-        raise ValueError("no token of the step is trained: see the masks of data.train, and data.max_length")
+        raise ValueError(
+            "no token of the step is trained: see the masks of data.train, data.max_length and grpo.mask_truncated_completions, which leaves "
+            "nothing where every completion is cut off at grpo.max_completion_length"
+        )
     return totals
 
 
