@@ -285,14 +285,24 @@ def test_advantages_of_the_docstring():
     assert "1.4997 and -0.4999" in grpo.advantages.__doc__
 
 
+def test_flat_groups():
+    """None of the first group's rewards differ; the second's have equal sums alone, and the third has one reward that is known."""
+    rewards = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, 1.0], [0.0, 3.0], [1.0, 2.0], [2.0, 1.0], [math.nan] * 2, [1.0, 0.0], [math.nan] * 2])
+    for together, expected in (("sum_then_normalize", [True, True, True]), ("normalize_then_sum", [True, False, True])):
+        cfg = grpo.Config(reward_funcs=["right", "short"], num_generations=3, multi_objective_aggregation=together)
+        assert grpo.advantages(rewards.double(), cfg)[1].tolist() == expected
+
+
 # ---- sources and settings ----------------------------------------------------------------------------------------------------
 
 
 def test_no_mean_and_no_ranks():
     """A mean over rows or tokens would depend on the micro-batch; ranks are the loop's business."""
-    whole = inspect.getsource(grpo.advantages) + inspect.getsource(grpo.nanstd)  # see the rewards of the whole rollout
+    whole = [inspect.getsource(function) for function in (grpo.advantages, grpo.nanstd)]  # these see the rewards of a whole rollout
     for path in Path(algorithms.__file__).parent.glob("*.py"):
-        text = path.read_text().replace(whole.replace("\ndef nanstd", "\n\n\ndef nanstd"), "")
+        text = path.read_text()
+        for part in whole:
+            text = text.replace(part, "")
         found = re.findall(r"\.mean\(|nanmean|distributed|\bdist\b", text)
         assert not found, f"{path.name}: {found}"
 
