@@ -13,7 +13,7 @@ padding, which there counts where a bound of the sampler's weight excludes 1.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -183,6 +183,13 @@ class Config:
             not masked or not self.vllm_importance_sampling_correction,
             "token_mask or token_truncate for vespo",
         )
+        defaults = {f.name: f.default for f in fields(self)}
+        clips, kind = LOSSES[self.loss_type] is clipped, self.loss_type
+        read = {"epsilon": clips, "epsilon_high": clips or kind == "cispo", "use_bias_correction_kl": self.beta > 0}
+        read["scale_rewards"] = self.multi_objective_aggregation == "sum_then_normalize"
+        read |= {name: kind == name.split("_")[0] for name in defaults if name.startswith(("sapo_", "vespo_"))}
+        for name, reads in read.items():
+            need(name, reads or getattr(self, name) == defaults[name], f"{defaults[name]}, as nothing reads it with the other settings")
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         need(
             "vllm_importance_sampling_clip_min",

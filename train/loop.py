@@ -87,8 +87,8 @@ def total_counts(algorithm, micro_batches, stopping):
     totals = dict(zip(mine, sums.tolist()))
     if not totals["trained_tokens"]:
         raise ValueError(
-            "no token of the step is trained: see the masks of data.train, data.max_length and grpo.mask_truncated_completions, which leaves "
-            "nothing where every completion is cut off at grpo.max_completion_length"
+            "no token of the step is trained: see the masks of data.train and data.max_length; or every completion was cut off at "
+            "grpo.max_completion_length, and grpo.mask_truncated_completions left none of them"
         )
     return totals
 

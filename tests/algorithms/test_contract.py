@@ -287,7 +287,9 @@ def test_advantages_of_the_docstring():
 
 def test_flat_groups():
     """None of the first group's rewards differ; the second's have equal sums alone, and the third has one reward that is known."""
-    rewards = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, 1.0], [0.0, 3.0], [1.0, 2.0], [2.0, 1.0], [math.nan] * 2, [1.0, 0.0], [math.nan] * 2])
+    rewards = torch.tensor(
+        [[0.1, 1.0], [0.1, 1.0], [0.1, 1.0], [0.0, 3.0], [1.0, 2.0], [2.0, 1.0], [math.nan] * 2, [1.0, 0.0], [math.nan] * 2]
+    )
     for together, expected in (("sum_then_normalize", [True, True, True]), ("normalize_then_sum", [True, False, True])):
         cfg = grpo.Config(reward_funcs=["right", "short"], num_generations=3, multi_objective_aggregation=together)
         assert grpo.advantages(rewards.double(), cfg)[1].tolist() == expected
@@ -355,6 +357,11 @@ BAD = [
     *((grpo, {"loss_type": name, "delta": 9.0} | TOKEN_LEVEL, "grpo.delta") for name in ("cispo", "sapo", "vespo")),
     (grpo, {"loss_type": "vespo", "importance_sampling_level": "sequence"} | TOKEN_LEVEL, "grpo.importance_sampling_level"),
     (grpo, {"loss_type": "vespo"}, "grpo.vllm_importance_sampling_mode"),
+    *((grpo, {"loss_type": name, "epsilon": 0.1} | TOKEN_LEVEL, "grpo.epsilon") for name in ("cispo", "sapo", "vespo")),
+    *((grpo, {"loss_type": name, "epsilon_high": 0.1} | TOKEN_LEVEL, "grpo.epsilon_high") for name in ("sapo", "vespo")),
+    *((grpo, {name: 9.0}, f"grpo.{name}") for name in ("sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_neg")),
+    (grpo, {"use_bias_correction_kl": False}, "grpo.use_bias_correction_kl"),
+    (grpo, {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "grpo.scale_rewards"),
     *((grpo, {"vllm_importance_sampling_clip_min": value}, "grpo.vllm_importance_sampling_clip_min") for value in (-1.0, 3.0, NAN)),
     *((grpo, {"vllm_importance_sampling_clip_max": value}, "grpo.vllm_importance_sampling_clip_max") for value in (0.0, NAN, math.inf)),
 ]
