@@ -296,7 +296,14 @@ class Config:
         for name, value in asdict(self.rollout).items():
             used = self.algorithm == "grpo" or value == getattr(Rollout(), name)
             require(used, f"rollout.{name}", value, f"nothing, as {self.algorithm} samples nothing; leave it out")
+        unread = ("answer_pattern",) if self.algorithm == "grpo" else ("num_samples", "temperature")
+        for name in unread:
+            value = getattr(self.evaluation, name)
+            cause = "rewards judge the answers of grpo" if self.algorithm == "grpo" else f"{self.algorithm} is evaluated greedily"
+            require(value == getattr(Evaluation(), name), f"evaluation.{name}", value, f"nothing, as {cause}; leave it out")
         if self.algorithm == "grpo":
+            answers = self.evaluation.generate or not self.data.eval
+            require(answers, "evaluation.generate", 0, "a number of prompts of data.eval to answer; or leave data.eval out")
             whole, size = self.train.global_batch_size % self.grpo.num_generations == 0, self.train.global_batch_size
             require(whole, "train.global_batch_size", size, f"a multiple of grpo.num_generations, {self.grpo.num_generations}")
         for name in ("steps", "generate"):
