@@ -192,7 +192,7 @@ class Evaluation:
 class Rollout:
     """How GRPO's completions are sampled and judged; what is sampled is in `grpo`."""
 
-    batch_size: int = 256
+    max_num_seqs: int = 256
     """Completions that one rank decodes at once, and keeps caches for."""
     reward_seconds: float = 60.0
     """A reward function that takes longer over a rollout is stopped, and what it made slow gets no reward."""
@@ -200,7 +200,7 @@ class Rollout:
     """Processes per rank that run reward functions."""
 
     def __post_init__(self):
-        at_least("rollout", self, batch_size=1, reward_workers=1)
+        at_least("rollout", self, max_num_seqs=1, reward_workers=1)
         require(0 < self.reward_seconds < math.inf, "rollout.reward_seconds", self.reward_seconds, "a number above 0")
 
 

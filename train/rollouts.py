@@ -128,7 +128,7 @@ class Rollouts:
         sampling = sampling or Sampling(settings.max_completion_length, settings.temperature, *filters)
         mine, g = range(len(chosen))[rank::ranks], len(keys[0])
         prompts = [rows.row(chosen[i])[0].tolist() for i in mine]
-        found = generate(self.model, prompts, [keys[i] for i in mine], sampling, self.stops, self.cfg.rollout.batch_size)
+        found = generate(self.model, prompts, [keys[i] for i in mine], sampling, self.stops, self.cfg.rollout.max_num_seqs)
         ids = torch.zeros(len(chosen) * g, sampling.max_new_tokens, dtype=torch.int32)
         logps, lengths = torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.int64)
         rewards = torch.zeros(len(ids), len(self.rewards.names), dtype=torch.float64)

@@ -93,7 +93,7 @@ def test_default_recipe(write, monkeypatch, refusal, tmp_path):
     monkeypatch.setattr(config, "RECIPES", tmp_path / "recipes")
     missing = f"{tmp_path}/recipes/sft.yaml: cannot be read: No such file or directory"
     assert refusal() == missing
-    assert refusal("--algorithm", "stf") == "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo; did you mean sft?"
+    assert refusal("--algorithm", "stf") == "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"
     (tmp_path / "recipes").mkdir()
     write(OK, "recipes/sft.yaml")
     assert config.parse([]) == config.parse(["--algorithm", "sft"]) == config.parse(["--config", "recipes/sft.yaml"])
@@ -127,7 +127,7 @@ YAML_ERRORS = [
     ),
     (OK + "log:\n  report_to: tensorboard\n", "x.yaml:7: log.report_to: got 'tensorboard', expected a list, each item one of tensorboard"),
     (OK + "log:\n  report_to: [wandb]\n", "x.yaml:7: log.report_to: got ['wandb'], expected a list, each item one of tensorboard"),
-    (OK + "algorithm: sftt\n", "x.yaml:6: algorithm: got 'sftt', expected one of sft, dpo, simpo, kto, orpo; did you mean sft?"),
+    (OK + "algorithm: sftt\n", "x.yaml:6: algorithm: got 'sftt', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"),
     (OK + "train:\n", "x.yaml:6: train: got nothing, expected lines of `name: value`"),
     (OK + "train: 3\n", "x.yaml:6: train: got '3', expected lines of `name: value`"),
     (OK + "train: [3]\n", "x.yaml:6: train: got a list, expected lines of `name: value`"),
@@ -178,7 +178,7 @@ OPTION_ERRORS = [
         "--log.report_to: got '[tensorbord]', expected a list, each item one of tensorboard; did you mean tensorboard?",
     ),
     ("--data.columns {a:null}", "--data.columns: got '{a:null}', expected a mapping of text to text"),
-    ("--algorithm stf", "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo; did you mean sft?"),
+    ("--algorithm stf", "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"),
     ("--config x.yaml", "--config: given twice, expected one YAML file"),
     ("--config=", "--config: got nothing, expected one YAML file"),
     ("--print_config=x", "--print_config: got 'x', expected nothing"),
