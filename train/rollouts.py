@@ -45,21 +45,13 @@ class Answers(NamedTuple):
 class Rollouts:
     """What samples, and what is left of the last rollout. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, cfg, model, tokenizer, rows, held_out, dealt, journal):
-        """dealt: (budget, rank, ranks, quadratic) of train.batches.micro_batches. ValueError for reward functions that cannot be used."""
+    def __init__(self, cfg, model, tokenizer, rows, rewards, dealt, journal):
+        """rewards: of `start_rewards`. dealt: (budget, rank, ranks, quadratic) of train.batches.micro_batches."""
         self.cfg, self.model, self.tokenizer, self.rows = cfg, model, tokenizer, rows
-        parts = [{name for example in part.examples for name in example} for part in (rows, held_out) if part]
-        self.columns = set.intersection(*parts) - {"prompt"}  # what every call of a reward function can be given
-        self.rewards = Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, self.columns, cfg.rollout.reward_workers)
+        self.rewards = rewards
         self.dealt, self.journal, self.stops = dealt, journal, stop_ids(model, tokenizer)
         self.drawn, self.current = 0, None  # prompts drawn so far; the rows being trained on
         self.shown = set()  # kinds of reward failures that the console has seen
-        longest = int(rows.lengths.max()) + cfg.grpo.max_completion_length
-        if longest > cfg.train.micro_batch_tokens:
-            raise ValueError(
-                f"train.micro_batch_tokens: {cfg.train.micro_batch_tokens} is less than the longest prompt, {int(rows.lengths.max())} "
-                f"tokens, and grpo.max_completion_length, {cfg.grpo.max_completion_length}; raise it"
-            )
 
     def steps(self, first):
         """Endless optimizer steps from step `first` on."""
@@ -146,7 +138,7 @@ class Rollouts:
         if not completions:
             return torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
         examples = [rows.examples[i] for i in chosen]
-        columns = {name: [e.get(name) for e in examples] for name in self.columns}
+        columns = {name: [e.get(name) for e in examples] for name in self.rewards.columns}
         texts = [self.text(example, ids) for example, ids in zip(examples, completions)]
         scores = self.rewards.score([e["prompt"] for e in examples], texts, completions, columns)
         return torch.tensor(scores, dtype=torch.float64)
@@ -248,6 +240,19 @@ class Rollouts:
 
     def close(self):
         self.rewards.close()
+
+
+def start_rewards(cfg, rows, held_out):
+    """The reward functions of a run. ValueError, before a model is loaded or anything written, for what cannot be used with these rows."""
+    longest, limit = int(rows.lengths.max()), cfg.grpo.max_completion_length
+    if longest + limit > cfg.train.micro_batch_tokens:
+        raise ValueError(
+            f"train.micro_batch_tokens: {cfg.train.micro_batch_tokens} is less than the longest prompt, {longest} "
+            f"tokens, and grpo.max_completion_length, {limit}; raise it"
+        )
+    parts = [{name for example in part.examples for name in example} for part in (rows, held_out) if part]
+    columns = set.intersection(*parts) - {"prompt"}  # what every call can be given
+    return Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
 
 
 def sizes(cfg):
