@@ -156,6 +156,23 @@ def check(name, rows, samples):
         assert min(trained) > 0
 
 
+def test_refused_run_leaves_the_folder_as_it_is(inputs, train_here, tmp_path):
+    given = settings_of(tmp_path, inputs, 60) | {"grpo.reward_funcs": ["accuracy"]}
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"^grpo\.reward_funcs: accuracy needs solution or answer, but the data has letter; "):
+        train_here(given)
+    assert (tmp_path / "plain" / "metrics.jsonl").read_text() == '{"step": 1}\n' and not (tmp_path / "plain" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_nothing_but_truncated_completions(share, inputs, train_here, tmp_path):
+    limits = {"grpo.max_completion_length": 1, "grpo.mask_truncated_completions": True, "grpo.top_entropy_quantile": share}
+    with pytest.raises(ValueError, match=r"^no token of the step is trained: .* grpo\.mask_truncated_completions left none of them$"):
+        train_here(settings_of(tmp_path, inputs, 60, changes=limits))
+    assert lines(tmp_path / "plain", "metrics.jsonl") == []
+
+
 # ---- killed and started again ------------------------------------------------------------------------------------------------
 
 
