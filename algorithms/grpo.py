@@ -8,11 +8,12 @@ Departs from the paper, as TRL does: `dapo` is the default, without a KL term; t
 (`use_bias_correction_kl`).
 Departs from TRL: what a loss divides by, the entropy quantile and the entropy bonus are of the whole optimizer step, never of a
 micro-batch, a rank or an expected number of tokens (so bnpo equals dapo); cispo's `epsilon_high` is the cap of the ratio, as there, but 5
-by default; metrics that are extremes over rows (clip_ratio/low_min, high_max) are left out.
+by default; metrics that are extremes over rows (clip_ratio/low_min, high_max) are left out; vespo's sum over a sequence leaves out its
+padding, which there counts where a bound of the sampler's weight excludes 1.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,16 +54,20 @@ def sapo(x, cfg):
 
 def vespo(x, cfg):
     """VESPO, https://arxiv.org/abs/2602.10693: the sequence's ratio W weighs it by phi = e^lambda W^k e^(-lambda W), held constant."""
+    return -phi(x, cfg) * x.advantages * x.logps
+
+
+@torch.no_grad()
+def phi(x, cfg):
+    """vespo's weight of each row (R, 1)."""
     lowest, good = math.log(1e-8), x.advantages >= 0
-    with torch.no_grad():
-        log_w = (x.logratio.clamp(-20, 20) * x.mask).sum(-1, keepdim=True)  # (R, 1)
-        if isinstance(x.correction, torch.Tensor):
-            log_w = log_w + x.correction.log().clamp(lowest, 20).sum(-1, keepdim=True)
-        log_w = log_w.clamp(lowest, 20)
-        k = torch.where(good, cfg.vespo_k_pos, cfg.vespo_k_neg)
-        rate = torch.where(good, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg).clamp(min=1e-4)
-        phi = (rate + k * log_w - rate * log_w.exp()).exp()  # (R, 1)
-    return -phi * x.advantages * x.logps
+    log_w = (x.logratio.clamp(-20, 20) * x.mask).sum(-1, keepdim=True)  # (R, 1)
+    if isinstance(x.correction, torch.Tensor):
+        log_w = log_w + (x.correction.log().clamp(lowest, 20) * x.mask).sum(-1, keepdim=True)
+    log_w = log_w.clamp(lowest, 20)
+    k = torch.where(good, cfg.vespo_k_pos, cfg.vespo_k_neg)
+    rate = torch.where(good, cfg.vespo_lambda_pos, cfg.vespo_lambda_neg).clamp(min=1e-4)
+    return (rate + k * log_w - rate * log_w.exp()).exp()
 
 
 LOSSES = dict.fromkeys(("dapo", "grpo", "bnpo", "dr_grpo", "luspo"), clipped) | {"cispo": cispo, "sapo": sapo, "vespo": vespo}
@@ -178,6 +183,13 @@ class Config:
             not masked or not self.vllm_importance_sampling_correction,
             "token_mask or token_truncate for vespo",
         )
+        defaults = {f.name: f.default for f in fields(self)}
+        clips, kind = LOSSES[self.loss_type] is clipped, self.loss_type
+        read = {"epsilon": clips, "epsilon_high": clips or kind == "cispo", "use_bias_correction_kl": self.beta > 0}
+        read["scale_rewards"] = self.multi_objective_aggregation == "sum_then_normalize"
+        read |= {name: kind == name.split("_")[0] for name in defaults if name.startswith(("sapo_", "vespo_"))}
+        for name, reads in read.items():
+            need(name, reads or getattr(self, name) == defaults[name], f"{defaults[name]}, as nothing reads it with the other settings")
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         need(
             "vllm_importance_sampling_clip_min",
@@ -277,6 +289,8 @@ def measured(x, batch, entropy, totals, cfg):
         metrics["clip_ratio/region_mean"] = mean(low_clipped + high_clipped)
     if cfg.loss_type == "cispo":
         metrics["cispo_clip_ratio"] = mean(((x.ratio > cfg.cispo_cap) & (x.advantages > 0)).float())
+    if cfg.loss_type == "vespo":
+        metrics["vespo/phi_seq_mean"] = mean(phi(x, cfg))
     if isinstance(x.correction, torch.Tensor):
         metrics["sampling/importance_sampling_ratio/mean"] = mean(x.correction)
     return metrics
@@ -297,8 +311,9 @@ def summary(logps, batch, cfg):
 
 def spread(step, cfg):
     """From the entropies (B, L) of a whole step: the entropy from which a token counts, and how many do, one copy per completion."""
-    known = step[~step.isnan()].float()
-    threshold = torch.quantile(known, 1 - cfg.top_entropy_quantile)
+    known = step[~step.isnan()].float().sort().values
+    place = (1 - cfg.top_entropy_quantile) * max(len(known) - 1, 0)  # torch.quantile takes neither no number nor more than 16 million
+    threshold = known[math.floor(place)].lerp(known[math.ceil(place)], place % 1) if len(known) else torch.tensor(math.inf)
     return {"entropy_threshold": threshold.expand(len(step)), "lively_tokens": (known >= threshold).sum().expand(len(step))}
 
 
@@ -312,15 +327,21 @@ def advantages(rewards, cfg):
     grouped, unknown = rewards.view(-1, cfg.num_generations, rewards.shape[1]), rewards.isnan().all(-1)  # (P, G, K), (N,)
     total = (rewards * weights).nansum(-1).masked_fill(unknown, math.nan)  # (N,)
     groups = total.view(-1, cfg.num_generations)  # (P, G)
-    flat = torch.isclose(nanstd(groups, -1)[:, 0].nan_to_num(0.0), torch.zeros((), dtype=rewards.dtype))  # (P,)
     if cfg.multi_objective_aggregation == "normalize_then_sum":
+        flat = equal(nanstd(grouped, 1)[:, 0]).all(-1)  # (P,) rewards that differ may have equal sums
         scaled = (grouped - grouped.nanmean(1, keepdim=True)) / (nanstd(grouped, 1) + 1e-4)  # (P, G, K)
         total = (scaled.view(rewards.shape) * weights).nansum(-1).masked_fill(unknown, math.nan)
         return ((total - total.nanmean()) / (nanstd(total, 0) + 1e-4)).nan_to_num(0.0), flat
+    flat = equal(nanstd(groups, -1)[:, 0])  # (P,)
     centred = groups - groups.nanmean(-1, keepdim=True)
     if cfg.scale_rewards != "none":
         centred = centred / ((nanstd(groups, -1) if cfg.scale_rewards == "group" else nanstd(total, 0)) + 1e-4)
     return centred.flatten().nan_to_num(0.0), flat
+
+
+def equal(deviation):
+    """Whether numbers of this standard deviation are all equal; true of fewer than two."""
+    return torch.isclose(deviation.nan_to_num(0.0), torch.zeros_like(deviation))
 
 
 def nanstd(x, dim):

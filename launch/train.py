@@ -53,6 +53,7 @@ def run(cfg, device, progress):
     algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     resumed, folder, tokenizer, rows, held_out, record = read_inputs(cfg, algorithm, settings, device)
+    judges = rollouts.start_rewards(cfg, rows, held_out) if algorithm.ROWS == "prompts" else None
     progress["step"] = checkpoint.read_state(resumed)["step"] if resumed else 0
     if rank == 0:
         Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
@@ -68,7 +69,7 @@ def run(cfg, device, progress):
     journal = log.Log(cfg.output_dir, cfg.log, first, last)
     rows, held_out, follower = with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out)
     changing = follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
-    sampler = rollouts.Rollouts(cfg, folder, model, tokenizer, rows, dealt, journal) if algorithm.ROWS == "prompts" else None
+    sampler = rollouts.Rollouts(cfg, folder, model, tokenizer, rows, judges, dealt, journal) if judges else None
     optimizer = optim.make_optimizer(model, cfg.train)
     state = checkpoint.load(resumed, model, optimizer, changing) if resumed else {"num_tokens": 0}
     if sampler and resumed:

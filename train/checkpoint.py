@@ -196,6 +196,7 @@ def read_state(folder):
 
 
 MAY_CHANGE = ("output_dir", "checkpoint", "log", "evaluation", "fsdp", "data.eval", "data.eval_split", "train.micro_batch_tokens")
+MAY_CHANGE += ("rollout.max_num_seqs", "rollout.reward_seconds", "rollout.reward_workers")
 
 
 def check_inputs(state, inputs):

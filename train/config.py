@@ -206,7 +206,7 @@ class Rollout:
 
     engine: Literal["in_process", "vllm_server"] = "in_process"
     """in_process: the trainer's own weights, in its own process; vllm_server: a vLLM server, for models that outgrow that."""
-    batch_size: int = 256
+    max_num_seqs: int = 256
     """Completions that one rank of in_process decodes at once, and keeps caches for."""
     reward_seconds: float = 60.0
     """A reward function that takes longer over a rollout is stopped, and what it made slow gets no reward."""
@@ -230,7 +230,7 @@ class Rollout:
     """More arguments of the started server, e.g. [--tensor-parallel-size, "2"]."""
 
     def __post_init__(self):
-        at_least("rollout", self, batch_size=1, reward_workers=1)
+        at_least("rollout", self, max_num_seqs=1, reward_workers=1)
         for f in fields(self):
             unset = f.default if f.default is not MISSING else f.default_factory()
             alone = not f.name.startswith("vllm_") or self.engine == "vllm_server" or getattr(self, f.name) == unset
@@ -340,7 +340,14 @@ class Config:
         for name, value in asdict(self.rollout).items():
             used = self.algorithm == "grpo" or value == getattr(Rollout(), name)
             require(used, f"rollout.{name}", value, f"nothing, as {self.algorithm} samples nothing; leave it out")
+        unread = ("answer_pattern",) if self.algorithm == "grpo" else ("num_samples", "temperature")
+        for name in unread:
+            value = getattr(self.evaluation, name)
+            cause = "rewards judge the answers of grpo" if self.algorithm == "grpo" else f"{self.algorithm} is evaluated greedily"
+            require(value == getattr(Evaluation(), name), f"evaluation.{name}", value, f"nothing, as {cause}; leave it out")
         if self.algorithm == "grpo":
+            answers = self.evaluation.generate or not self.data.eval
+            require(answers, "evaluation.generate", 0, "a number of prompts of data.eval to answer; or leave data.eval out")
             whole, size = self.train.global_batch_size % self.grpo.num_generations == 0, self.train.global_batch_size
             require(whole, "train.global_batch_size", size, f"a multiple of grpo.num_generations, {self.grpo.num_generations}")
         if self.rollout.engine == "vllm_server" and self.grpo.vllm_importance_sampling_correction:

@@ -102,7 +102,8 @@ class Rewards:
             raise ValueError(
                 f"grpo.reward_funcs: {twice[0]} is there twice; metrics need names that differ, as of functions in a file of yours"
             )
-        self.hello = (specs, sorted(columns))
+        self.columns = sorted(columns)
+        self.hello = (specs, self.columns)
         self.workers = [Worker() for _ in range(min(workers, len(names)))]
         self.idle = queue.SimpleQueue()  # of indices into workers
         for reply in self._each(lambda worker: worker.ask(self.hello, STARTUP), self.workers):

@@ -47,26 +47,23 @@ class Answers(NamedTuple):
 class Rollouts:
     """What samples, and what is left of the last rollout. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, cfg, folder, model, tokenizer, rows, dealt, journal):
-        """folder: of the model as it was. dealt: (budget, rank, ranks, quadratic) of train.batches.micro_batches.
-
-        ValueError for reward functions that cannot be used, or a prompt that has no room.
+    def __init__(self, cfg, folder, model, tokenizer, rows, rewards, dealt, journal):
+        """folder: of the model as it was. rewards: of `start_rewards`. dealt: (budget, rank, ranks, quadratic) of
+        train.batches.micro_batches. ValueError where the model has too few positions for a prompt and its completion.
         """
         self.cfg, self.model, self.tokenizer, self.rows = cfg, model, tokenizer, rows
-        columns = {name for example in rows.examples for name in example} - {"prompt"}
-        self.rewards = Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
+        self.rewards = rewards
         self.dealt, self.journal, self.stops = dealt, journal, stop_ids(model, tokenizer)
         self.drawn, self.current = 0, None  # prompts drawn so far; the rows being trained on
         self.shown = set()  # kinds of reward failures that the console has seen
-        longest = int(rows.lengths.max()) + cfg.grpo.max_completion_length
-        if longest > cfg.train.micro_batch_tokens:
+        room = int(rows.lengths.max()) + max(cfg.grpo.max_completion_length, cfg.evaluation.max_new_tokens)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or room
+        if room > positions:
             raise ValueError(
-                f"train.micro_batch_tokens: {cfg.train.micro_batch_tokens} is less than the longest prompt, {int(rows.lengths.max())} "
-                f"tokens, and grpo.max_completion_length, {cfg.grpo.max_completion_length}; raise it"
+                f"grpo.max_completion_length: a prompt and its completion may have {room} tokens, but the model knows {positions} positions"
             )
         self.server = None
         if cfg.rollout.engine == "vllm_server":
-            room = int(rows.lengths.max()) + max(cfg.grpo.max_completion_length, cfg.evaluation.max_new_tokens)
             dtype = sharding.compute_dtype(cfg.model.dtype, model.lm_head.weight.device)
             self.server = VllmServer(cfg.rollout, folder, cfg.output_dir, room, dtype)
 
@@ -143,7 +140,7 @@ class Rollouts:
         if self.server:
             found = self.server.sample(prompts, keys, sampling)
         else:
-            found = generate(self.model, prompts, keys, sampling, self.stops, self.cfg.rollout.batch_size)
+            found = generate(self.model, prompts, keys, sampling, self.stops, self.cfg.rollout.max_num_seqs)
         ids = torch.zeros(len(chosen) * g, sampling.max_new_tokens, dtype=torch.int32)
         logps, lengths = torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.int64)
         rewards = torch.zeros(len(ids), len(self.rewards.names), dtype=torch.float64)
@@ -161,7 +158,7 @@ class Rollouts:
         if not completions:
             return torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
         examples = [rows.examples[i] for i in chosen]
-        columns = {name: [e.get(name) for e in examples] for name in rows.examples[0] if name != "prompt"}
+        columns = {name: [e.get(name) for e in examples] for name in self.rewards.columns}
         texts = [self.text(example, ids) for example, ids in zip(examples, completions)]
         scores = self.rewards.score([e["prompt"] for e in examples], texts, completions, columns)
         return torch.tensor(scores, dtype=torch.float64)
@@ -233,13 +230,14 @@ class Rollouts:
         cfg = self.cfg.evaluation
         if self.server:
             self.server.update(self.model, self.tokenizer)
-        chosen = range(min(cfg.generate, len(rows)))
+        chosen, failed = range(min(cfg.generate, len(rows))), sum(self.rewards.failures.values())
         sampling = Sampling(cfg.max_new_tokens, cfg.temperature)
         answers = self.answer(rows, chosen, [self.keys(f"eval {i}", cfg.num_samples) for i in chosen], sampling)
         passed = (answers.rewards[:, 0] > 0.5).view(-1, cfg.num_samples)  # (P, k)
         metrics = self.metrics(answers, torch.zeros(len(chosen)))
         shown = ("reward", "completions/mean_length", "completions/clipped_ratio", *(f"rewards/{name}/mean" for name in self.rewards.names))
         metrics = {name: metrics[name] for name in shown if name in metrics} | {"pass@1": float(passed.double().mean())}
+        metrics["rewards/failures"] = self.failures(failed)
         if cfg.num_samples > 1:
             metrics[f"pass@{cfg.num_samples}"] = float(passed.any(-1).double().mean())
         return metrics, self.samples(rows, answers)
@@ -247,7 +245,7 @@ class Rollouts:
     def check(self, step, metrics):
         """Before an update: ValueError where sampler and trainer disagree on one policy; a line where the run looks sick."""
         difference, inside = metrics["sampling/sampling_logp_difference/mean"], (step - 1) % sizes(self.cfg)[1]
-        if not inside and difference > AGREE and not self.server:
+        if not inside and not self.server and not difference <= AGREE:  # NaN too
             raise ValueError(
                 f"step {step}: the log-probs of the sampler and of the trainer differ by {difference:.3g} nats on average, where rounding "
                 f"explains at most {AGREE}: the sampler does not support this model"
@@ -268,6 +266,19 @@ class Rollouts:
         self.rewards.close()
         if self.server:
             self.server.close()
+
+
+def start_rewards(cfg, rows, held_out):
+    """The reward functions of a run. ValueError, before a model is loaded or anything written, for what cannot be used with these rows."""
+    longest, limit = int(rows.lengths.max()), cfg.grpo.max_completion_length
+    if longest + limit > cfg.train.micro_batch_tokens:
+        raise ValueError(
+            f"train.micro_batch_tokens: {cfg.train.micro_batch_tokens} is less than the longest prompt, {longest} "
+            f"tokens, and grpo.max_completion_length, {limit}; raise it"
+        )
+    parts = [{name for example in part.examples for name in example} for part in (rows, held_out) if part]
+    columns = set.intersection(*parts) - {"prompt"}  # what every call can be given
+    return Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
 
 
 def sizes(cfg):

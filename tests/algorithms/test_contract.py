@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import algorithms
-from algorithms import dpo, kto, orpo, sft, simpo
+from algorithms import dpo, grpo, kto, orpo, sft, simpo
 from launch.train import ALGORITHMS
 from train import batches, data
 
@@ -19,6 +19,7 @@ EXAMPLES = 6
 SPLITS = [[6], [4, 2], [2, 1, 3], [1] * 6]  # examples of each micro-batch
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 SUM = {"loss_type": ["robust", "sft", "aot"], "loss_weights": [1.0, 0.5, 2.0], "label_smoothing": 0.1, "ld_alpha": 0.3}
+TOKEN_LEVEL = {"vllm_importance_sampling_mode": "token_mask"}
 SETTINGS = {
     sft: [{"loss_type": "nll"}, {"loss_type": "dft"}],
     dpo: [
@@ -32,6 +33,14 @@ SETTINGS = {
     ],
     kto: [{"loss_type": "kto", "undesirable_weight": 0.5}, {"loss_type": "apo_zero_unpaired"}],
     orpo: [{"beta": 0.3}],
+    grpo: [
+        *({"loss_type": name} | (TOKEN_LEVEL if name == "vespo" else {}) for name in grpo.LOSSES),
+        *({"loss_type": name, "importance_sampling_level": "sequence"} for name in grpo.LOSSES if name != "vespo"),
+        *({"loss_type": name, "beta": 0.2, "top_entropy_quantile": 0.4, "entropy_coef": 0.1} for name in ("dapo", "grpo", "sapo")),
+        {"delta": 1.5, "epsilon_high": 0.3, "beta": 0.2, "use_bias_correction_kl": False, "off_policy_mask_threshold": 0.05},
+        *({"vllm_importance_sampling_mode": name, "vllm_importance_sampling_clip_min": 0.7} for name in grpo.Correction.__args__),
+        {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 0.9},
+    ],
 }
 CASES = [(algorithm, settings) for algorithm, several in SETTINGS.items() for settings in several]
 
@@ -124,7 +133,7 @@ def test_loss_writes_to_no_argument(algorithm, settings):
         table = algorithm.summary(batch["logps"], batch, cfg)
         kept = table.clone()
         algorithm.spread(table, cfg)
-        assert torch.equal(table, kept)
+        assert torch.equal(table.nan_to_num(-1.0), kept.nan_to_num(-1.0))
     assert batch.keys() == before[0].keys() and totals == before[1]
     for name, value in batch.items():
         assert torch.equal(value, before[0][name]), name
@@ -178,8 +187,14 @@ def rows_of(algorithm):
     per_token = {"logps": logps, "ref_logps": logps + noise(-1, 1), "entropy": noise(0, 4), "mean_logits": noise(-3, 3)}
     per_token |= {"is_top1": (noise(0, 1) < 0.5).float(), "log_sum_sq": noise(-3, -0.1)}
     columns = {"desirable": torch.tensor([True, False, False, True, False, True])} if algorithm.ROWS == "labelled" else {}
+    constants = {}
+    if algorithm is grpo:  # as after an update, of tokens that another engine sampled
+        per_token |= {"live_entropy": per_token["entropy"], "old_logps": logps + noise(-0.5, 0.5)}
+        per_token["sampling_logps"] = per_token["old_logps"] + noise(-0.5, 0.5)
+        columns, constants = {"advantages": torch.tensor([1.5, -0.4, 0.0, 0.9, -1.1, 0.6])}, {"foreign_sampler": torch.tensor(True)}
     offsets = torch.tensor([0, *map(len, masks)]).cumsum(0)
-    rows = data.Rows(torch.ones(len(mask), dtype=torch.int32), mask, offsets, per_example, columns, {}, "", per_token)
+    ids = torch.ones(len(mask), dtype=torch.int32)
+    rows = data.Rows(ids, mask, offsets, per_example, columns, {}, "", per_token, constants)
     return data.scoring_prompts(rows) if getattr(algorithm, "SCORES_PROMPT", False) else rows
 
 
@@ -197,6 +212,7 @@ def batch_of(*rows, **columns):
     mask[:, 0] = False
     nothing = torch.zeros(logps.shape)
     batch = {"loss_mask": mask, "ref_logps": nothing, "entropy": nothing, "is_top1": nothing, "mean_logits": nothing}
+    batch |= {"old_logps": nothing, "sampling_logps": nothing}
     return logps, batch | {name: torch.tensor(value) for name, value in columns.items()}
 
 
@@ -213,6 +229,8 @@ BY_HAND = [
     (simpo, {"beta": 2.0, "simpo_gamma": 1.0}, batch_of([-1.0, -1.0], [-2.0, -4.0]), 0.0486),
     (kto, {"beta": 1.0}, batch_of([2.0], desirable=[True], kl=[1.0]), 0.2689),
     (kto, {"beta": 1.0}, batch_of([2.0], desirable=[False], kl=[1.0]), 0.7311),
+    (grpo, {}, batch_of([math.log(1.5)], advantages=[2.0]), -2.4),
+    (grpo, {}, batch_of([math.log(1.5)], advantages=[-2.0]), 3),
 ]
 
 
@@ -243,13 +261,55 @@ def test_dpop_by_hand(chosen, value):
     assert loss_of(dpo, cfg, *batch_of([chosen], [chosen - 0.2])) == pytest.approx(value, abs=5e-5)
 
 
+# One completion of 1 token with advantage 1 and ratio 1.5, one of 3 tokens with advantage -1 and ratio 0.9, by what they are divided by.
+RATIOS = batch_of([math.log(1.5), 0.0, 0.0], [math.log(0.9)] * 3, advantages=[1.0, -1.0])
+RATIOS[1]["loss_mask"][0, 2:] = False
+DIVISORS = {  # -1.2 and 3 times 0.9
+    "dapo": (-1.2 + 2.7) / 4,  # all tokens
+    "bnpo": (-1.2 + 2.7) / 4,
+    "grpo": (-1.2 + 0.9) / 2,  # rows, of means over tokens
+    "luspo": (-1.2 + 2.7) / 2,  # rows
+    "dr_grpo": (-1.2 + 2.7) / 20,  # rows x max_completion_length
+    "sapo": -(4 / (1 + math.exp(-0.5)) - 4 / 1.05 / (1 + math.exp(0.105))) / 2,
+    "cispo": (-1.5 * math.log(1.5) + 3 * 0.9 * math.log(0.9)) / 4,
+    "vespo": (-math.exp(3 - 4.5) * 1.5**2 * math.log(1.5) + math.exp(2 - 2 * 0.729) * 0.729**3 * 3 * math.log(0.9)) / 4,
+}
+
+
+@pytest.mark.parametrize("loss_type", grpo.LOSSES)
+def test_what_grpos_losses_divide_by(loss_type):
+    value = loss_of(grpo, grpo.Config(loss_type=loss_type, max_completion_length=10, **TOKEN_LEVEL), *RATIOS)
+    assert value == pytest.approx(DIVISORS[loss_type], rel=1e-6)
+
+
+def test_advantages_of_the_docstring():
+    rewards = torch.tensor([[1.0], [0.0], [0.0], [0.0]], dtype=torch.float64)
+    found, flat = grpo.advantages(rewards, grpo.Config(num_generations=4))
+    assert found.tolist() == pytest.approx([1.4997, -0.4999, -0.4999, -0.4999], abs=5e-5) and flat.tolist() == [False]
+    assert "1.4997 and -0.4999" in grpo.advantages.__doc__
+
+
+def test_flat_groups():
+    """None of the first group's rewards differ; the second's have equal sums alone, and the third has one reward that is known."""
+    rewards = torch.tensor(
+        [[0.1, 1.0], [0.1, 1.0], [0.1, 1.0], [0.0, 3.0], [1.0, 2.0], [2.0, 1.0], [math.nan] * 2, [1.0, 0.0], [math.nan] * 2]
+    )
+    for together, expected in (("sum_then_normalize", [True, True, True]), ("normalize_then_sum", [True, False, True])):
+        cfg = grpo.Config(reward_funcs=["right", "short"], num_generations=3, multi_objective_aggregation=together)
+        assert grpo.advantages(rewards.double(), cfg)[1].tolist() == expected
+
+
 # ---- sources and settings ----------------------------------------------------------------------------------------------------
 
 
 def test_no_mean_and_no_ranks():
     """A mean over rows or tokens would depend on the micro-batch; ranks are the loop's business."""
+    whole = [inspect.getsource(function) for function in (grpo.advantages, grpo.nanstd)]  # these see the rewards of a whole rollout
     for path in Path(algorithms.__file__).parent.glob("*.py"):
-        found = re.findall(r"\.mean\(|nanmean|distributed|\bdist\b", path.read_text())
+        text = path.read_text()
+        for part in whole:
+            text = text.replace(part, "")
+        found = re.findall(r"\.mean\(|nanmean|distributed|\bdist\b", text)
         assert not found, f"{path.name}: {found}"
 
 
@@ -283,6 +343,31 @@ BAD = [
     (simpo, {"loss_type": "ipo", "label_smoothing": 0.1}, "simpo.label_smoothing"),
     *((kto, {name: 0.0}, f"kto.{name}") for name in ("beta", "desirable_weight", "undesirable_weight")),
     (orpo, {"beta": -0.1}, "orpo.beta"),
+    *((grpo, {"reward_funcs": value}, "grpo.reward_funcs") for value in ([], ["accuracy", "accuracy"])),
+    *((grpo, {"reward_weights": value}, "grpo.reward_weights") for value in ([], [1.0, 2.0], [NAN])),
+    *((grpo, {name: 0}, f"grpo.{name}") for name in ("max_completion_length", "steps_per_generation", "num_iterations")),
+    *((grpo, {"num_generations": value}, "grpo.num_generations") for value in (0, 1)),
+    *((grpo, {name: -1}, f"grpo.{name}") for name in ("top_k", "dynamic_sampling")),
+    *((grpo, {name: value}, f"grpo.{name}") for name in ("temperature", "sapo_temperature_pos") for value in (0.0, NAN, math.inf)),
+    *((grpo, {name: value}, f"grpo.{name}") for name in ("top_p", "top_entropy_quantile") for value in (0.0, 1.1, NAN)),
+    *((grpo, {"min_p": value}, "grpo.min_p") for value in (-0.1, 1.1)),
+    *((grpo, {"epsilon": value}, "grpo.epsilon") for value in (-0.1, 1.0, NAN)),
+    *(
+        (grpo, {name: value}, f"grpo.{name}")
+        for name in ("beta", "entropy_coef", "epsilon_high", "off_policy_mask_threshold")
+        for value in (-0.1, NAN, math.inf)
+    ),
+    *((grpo, settings, "grpo.delta") for settings in ({"delta": 1.2}, {"delta": 1.3, "epsilon_high": 0.3}, {"delta": math.inf})),
+    *((grpo, {"loss_type": name, "delta": 9.0} | TOKEN_LEVEL, "grpo.delta") for name in ("cispo", "sapo", "vespo")),
+    (grpo, {"loss_type": "vespo", "importance_sampling_level": "sequence"} | TOKEN_LEVEL, "grpo.importance_sampling_level"),
+    (grpo, {"loss_type": "vespo"}, "grpo.vllm_importance_sampling_mode"),
+    *((grpo, {"loss_type": name, "epsilon": 0.1} | TOKEN_LEVEL, "grpo.epsilon") for name in ("cispo", "sapo", "vespo")),
+    *((grpo, {"loss_type": name, "epsilon_high": 0.1} | TOKEN_LEVEL, "grpo.epsilon_high") for name in ("sapo", "vespo")),
+    *((grpo, {name: 9.0}, f"grpo.{name}") for name in ("sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_neg")),
+    (grpo, {"use_bias_correction_kl": False}, "grpo.use_bias_correction_kl"),
+    (grpo, {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "grpo.scale_rewards"),
+    *((grpo, {"vllm_importance_sampling_clip_min": value}, "grpo.vllm_importance_sampling_clip_min") for value in (-1.0, 3.0, NAN)),
+    *((grpo, {"vllm_importance_sampling_clip_max": value}, "grpo.vllm_importance_sampling_clip_max") for value in (0.0, NAN, math.inf)),
 ]
 
 

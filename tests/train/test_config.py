@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import pytest
+import yaml
 
 from train import config
 
@@ -93,7 +94,7 @@ def test_default_recipe(write, monkeypatch, refusal, tmp_path):
     monkeypatch.setattr(config, "RECIPES", tmp_path / "recipes")
     missing = f"{tmp_path}/recipes/sft.yaml: cannot be read: No such file or directory"
     assert refusal() == missing
-    assert refusal("--algorithm", "stf") == "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo; did you mean sft?"
+    assert refusal("--algorithm", "stf") == "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"
     (tmp_path / "recipes").mkdir()
     write(OK, "recipes/sft.yaml")
     assert config.parse([]) == config.parse(["--algorithm", "sft"]) == config.parse(["--config", "recipes/sft.yaml"])
@@ -127,7 +128,7 @@ YAML_ERRORS = [
     ),
     (OK + "log:\n  report_to: tensorboard\n", "x.yaml:7: log.report_to: got 'tensorboard', expected a list, each item one of tensorboard"),
     (OK + "log:\n  report_to: [wandb]\n", "x.yaml:7: log.report_to: got ['wandb'], expected a list, each item one of tensorboard"),
-    (OK + "algorithm: sftt\n", "x.yaml:6: algorithm: got 'sftt', expected one of sft, dpo, simpo, kto, orpo; did you mean sft?"),
+    (OK + "algorithm: sftt\n", "x.yaml:6: algorithm: got 'sftt', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"),
     (OK + "train:\n", "x.yaml:6: train: got nothing, expected lines of `name: value`"),
     (OK + "train: 3\n", "x.yaml:6: train: got '3', expected lines of `name: value`"),
     (OK + "train: [3]\n", "x.yaml:6: train: got a list, expected lines of `name: value`"),
@@ -178,7 +179,7 @@ OPTION_ERRORS = [
         "--log.report_to: got '[tensorbord]', expected a list, each item one of tensorboard; did you mean tensorboard?",
     ),
     ("--data.columns {a:null}", "--data.columns: got '{a:null}', expected a mapping of text to text"),
-    ("--algorithm stf", "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo; did you mean sft?"),
+    ("--algorithm stf", "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"),
     ("--config x.yaml", "--config: given twice, expected one YAML file"),
     ("--config=", "--config: got nothing, expected one YAML file"),
     ("--print_config=x", "--print_config: got 'x', expected nothing"),
@@ -282,6 +283,65 @@ def test_out_of_range(write, refusal, key, value, expected):
     elif value == value:
         write(OK)
         assert refusal("--config", "x.yaml", f"--{key}={value}") == f"--{error.value}"
+
+
+REFUSED_BLOCKS = [
+    ("grpo", {"train": {"global_batch_size": 20}}, "train.global_batch_size: got 20, expected a multiple of grpo.num_generations, 8"),
+    (
+        "grpo",
+        {"reference": {"sync_ref_model": True}},
+        "reference.sync_ref_model: got True, expected nothing, as this grpo has no reference; set grpo.beta",
+    ),
+    (
+        "grpo",
+        {"reference": {"model_name_or_path": "m"}},
+        "reference.model_name_or_path: got 'm', expected nothing, as this grpo has no reference; set grpo.beta",
+    ),
+    (
+        "grpo",
+        {"data": {"eval": "d"}},
+        "evaluation.generate: got 0, expected a number of prompts of data.eval to answer; or leave data.eval out",
+    ),
+    (
+        "grpo",
+        {"evaluation": {"answer_pattern": "a"}},
+        "evaluation.answer_pattern: got 'a', expected nothing, as rewards judge the answers of grpo; leave it out",
+    ),
+    (
+        "sft",
+        {"evaluation": {"num_samples": 2, "temperature": 0.5}},
+        "evaluation.num_samples: got 2, expected nothing, as sft is evaluated greedily; leave it out",
+    ),
+    (
+        "dpo",
+        {"evaluation": {"temperature": 0.5}},
+        "evaluation.temperature: got 0.5, expected nothing, as dpo is evaluated greedily; leave it out",
+    ),
+    (
+        "grpo",
+        {"evaluation": {"num_samples": 2}},
+        "evaluation.num_samples: got 2, expected 1 at evaluation.temperature 0, where all answers are alike",
+    ),
+    *(
+        (name, {"rollout": {"max_num_seqs": 2}}, f"rollout.max_num_seqs: got 2, expected nothing, as {name} samples nothing; leave it out")
+        for name in ("sft", "dpo", "simpo", "kto", "orpo")
+    ),
+    ("grpo", {"rollout": {"reward_seconds": 0.0}}, "rollout.reward_seconds: got 0.0, expected a number above 0"),
+    ("grpo", {"rollout": {"max_num_seqs": 0}}, "rollout.max_num_seqs: got 0, expected a number from 1 up"),
+    ("grpo", {"grpo": {"num_generations": 1}}, "grpo.num_generations: got 1, expected 2 or more: an advantage is relative to the group"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "given", "line"), REFUSED_BLOCKS)
+def test_settings_that_do_not_fit_the_algorithm(write, refusal, algorithm, given, line):
+    settings = {"output_dir": "r", "algorithm": algorithm, "model": {"model_name_or_path": "m"}, "data": {"train": "d"}}
+    write(yaml.safe_dump(settings | {name: settings.get(name, {}) | block for name, block in given.items()}, sort_keys=False))
+    assert re.fullmatch(rf"x\.yaml(:\d+)?: {re.escape(line)}", refusal("--config", "x.yaml"))
+
+
+def test_a_reference_of_grpo_with_a_kl_term(write):
+    write(OK + "algorithm: grpo\ngrpo: {beta: 0.1}\nreference: {sync_ref_model: true}\n")
+    assert config.parse(["--config", "x.yaml"]).reference.sync_ref_model
 
 
 def test_remote_code_needs_a_pinned_commit_or_a_local_folder(write, refusal):

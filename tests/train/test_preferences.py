@@ -300,5 +300,5 @@ def test_labels_of_numbers(tmp_path):
 def test_settings_for_other_rows_are_refused(tmp_path):
     for name, value in (("completion_only_loss", False), ("assistant_only_loss", True)):
         for kind, row in (("pairs", CHAT), ("labelled", {"prompt": CHAT["prompt"], "completion": CHAT["chosen"], "label": True})):
-            with pytest.raises(ValueError, match=rf":1: data\.{name}: preferences are learned from whole completions"):
+            with pytest.raises(ValueError, match=rf":1: data\.{name}: preferences and rewards are learned from whole completions"):
                 prepare(tmp_path, [row], tokenizer(), kind, **{name: value})
