@@ -56,7 +56,7 @@ class Rollouts:
         self.dealt, self.journal, self.stops = dealt, journal, stop_ids(model, tokenizer)
         self.drawn, self.current = 0, None  # prompts drawn so far; the rows being trained on
         self.shown = set()  # kinds of reward failures that the console has seen
-        room = int(rows.lengths.max()) + max(cfg.grpo.max_completion_length, cfg.evaluation.max_new_tokens)
+        room = int(rows.lengths.max()) + max(cfg.grpo.max_completion_length, cfg.evaluation.generate and cfg.evaluation.max_new_tokens)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or room
         if room > positions:
             raise ValueError(

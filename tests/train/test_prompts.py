@@ -116,7 +116,7 @@ def begin(one_rank, model_folder, tmp_path):
         parts = [part and data.prepare(write(tmp_path, part), "train", cfg.data, tok, "prompts") for part in (rows, held_out)]
         rewards = rollouts.start_rewards(cfg, *parts)
         model = load.build(cfg.model, folder, cfg.fsdp, one_rank, 0)
-        made.append(rollouts.Rollouts(cfg, model, tok, parts[0], rewards, (cfg.train.micro_batch_tokens, 0, 1, 0.0), None))
+        made.append(rollouts.Rollouts(cfg, None, model, tok, parts[0], rewards, (cfg.train.micro_batch_tokens, 0, 1, 0.0), None))
         return made[-1]
 
     yield build
