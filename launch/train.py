@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from algorithms import dpo, kto, orpo, sft, simpo
-from models import load, sharding
+from models import load, lora, sharding
 from train import batches, checkpoint, config, data, log, loop, optim, reference, toy
 from train.log import say
 
@@ -57,7 +57,7 @@ def run(cfg, device, progress):
         Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
         log.write_status(cfg.output_dir, "running", progress["step"])
 
-    model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed)
+    model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed, cfg.lora)
     for part in (rows, held_out) if held_out else (rows,):
         load.check_vocabulary(model, part.report["max_token_id"])
     parameters = sum(p.numel() for p in model.parameters())
@@ -115,8 +115,9 @@ def run(cfg, device, progress):
     )
     journal.close()
     if outcome == "finished":
-        load.save_pretrained(model, tokenizer, Path(cfg.output_dir, "final"))
-        say(f"wrote {cfg.output_dir}/final, a Hugging Face folder")
+        save = lora.save_adapter if cfg.lora.r else load.save_pretrained
+        save(model, tokenizer, Path(cfg.output_dir, "final"))
+        say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
     return outcome
 
 

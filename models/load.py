@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from models import attention, logprobs, sharding
+from models import attention, logprobs, lora, quantize, sharding
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -52,16 +52,22 @@ def load_tokenizer(cfg, folder):
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
 
 
-def build(cfg, folder, fsdp, device, seed):
-    """The sharded causal language model that `cfg` (the config's `model` block) describes, with float32 weights, ready to score."""
+def build(cfg, folder, fsdp, device, seed, adapters=None):
+    """The sharded causal language model that `cfg` (the config's `model` block) describes, ready to score.
+
+    Weights are float32, or under adapters (the config's `lora` block) frozen and in the compute dtype.
+    """
     dtype = sharding.compute_dtype(cfg.dtype, device)
+    adapted = bool(adapters and adapters.r)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     declared = model_config.dtype  # from_config overwrites it
+    if getattr(model_config, "quantization_config", None):
+        raise ValueError(f"model.model_name_or_path: {folder} is quantised already; name the model that it was made from")
     make_packable(model_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config,
-            dtype=torch.float32,
+            dtype=dtype if adapted or cfg.quantization else torch.float32,
             attn_implementation=attention.choose(cfg.attn_implementation, device, dtype),
             trust_remote_code=cfg.trust_remote_code,
         )
@@ -75,13 +81,19 @@ def build(cfg, folder, fsdp, device, seed):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()  # before sharding, or the pair is seen as two parameters
     logprobs.add_seam(model, cfg.logprobs)
+    if cfg.quantization:
+        quantize.swap(model)
+    if adapted:
+        lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
     sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
-    if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
-        initialise(model, seed, device)
-    else:
-        read_weights(model, folder, device)
-    tied = model.config.get_text_config().tie_word_embeddings
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied, "tied embeddings came apart"
+    with lora.unwrapped(model):
+        if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
+            initialise(model, seed, device)
+        else:
+            read_weights(model, folder, device)
+    if adapted:
+        lora.initialise(model, seed, device)
+    assert sharding.is_tied(model) == model.config.get_text_config().tie_word_embeddings, "tied embeddings came apart"
     return model.train()
 
 
@@ -123,16 +135,28 @@ def weight_files(folder):
 
 
 def read_weights(model, folder, device):
-    """Fill a sharded meta model from safetensors through transformers' loader, which reads only this rank's slices of each tensor."""
-    config = LoadStateDictConfig(
-        pretrained_model_name_or_path=str(folder),
-        dtype=torch.float32,
-        dtype_plan=model._get_dtype_plan(torch.float32),
-        weight_mapping=get_model_conversion_mapping(model, None, None),
-        device_map={"": device},
-    )
-    report, _ = model._load_pretrained_model(model, None, weight_files(folder), config)
-    report = model._finalize_model_loading(model, config, report)  # ties again, makes the buffers that no file holds
+    """Fill a sharded meta model from safetensors through transformers' loader, which reads only this rank's slices of each tensor.
+
+    Layers to be quantised are read before, one whole tensor at a time, and are out of the model's tree while the loader looks at it.
+    """
+    dtype = model.get_input_embeddings().weight.dtype
+    files = [safe_open(path, framework="pt") for path in weight_files(folder)]
+    tensors = {name: file.get_slice(name) for file in files for name in file.keys()}
+    with quantize.taken_out(model) as quantised:
+        for name, layer in quantised.items():
+            if f"{name}.weight" not in tensors:
+                raise ValueError(f"model.quantization: {folder} has no {name}.weight; nf4 reads only files that name layers as the model does")
+            bias = tensors.pop(f"{name}.bias")[:] if layer.bias is not None else None
+            layer.fill(tensors.pop(f"{name}.weight")[:], bias, device)
+        config = LoadStateDictConfig(
+            pretrained_model_name_or_path=str(folder),
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=get_model_conversion_mapping(model, None, None),
+            device_map={"": device},
+        )
+        report, _ = model._load_pretrained_model(model, tensors, None, config)
+        report = model._finalize_model_loading(model, config, report)  # ties again, makes the buffers that no file holds
     wrong = {k: sorted(map(str, getattr(report, k))) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         what = "; ".join(f"{len(v)} {k.replace('_', ' ')}, the first {v[0]}" for k, v in wrong.items() if v)
@@ -157,9 +181,8 @@ def initialise(model, seed, device):
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
         model._init_weights(module)
         for key, p in parameters.items():
-            whole = module._parameters[key].data.to(device)
-            sliced = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # sliced here: no communication
-            module._parameters[key] = nn.Parameter(sliced, requires_grad=p.requires_grad)
+            drawn, module._parameters[key] = module._parameters[key].data, p
+            sharding.place(module, key, drawn, device)
         for key in buffers:
             module._buffers[key] = module._buffers[key].to(device)
     model.tie_weights()

@@ -86,8 +86,10 @@ class ScoringHead(nn.Linear):
     def forward(self, hidden, labels=None, byproducts=(), temperature=1.0):
         if labels is None:
             return super().forward(hidden)
-        scale = self.logit_scale
-        return self.score_with(hidden, self.weight, self.bias, labels, (scale, self.softcap, temperature), byproducts)
+        return self.score(hidden, self.weight, labels, byproducts, temperature)
+
+    def score(self, hidden, weight, labels, byproducts, temperature):
+        return self.score_with(hidden, weight, self.bias, labels, (self.logit_scale, self.softcap, temperature), byproducts)
 
 
 def logits(hidden, weight, bias, transform):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def start_ranks(timeout_seconds):
@@ -48,13 +49,32 @@ def shard(model, mesh, dtype, reshard_after_forward):
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     groups = [(layer, reshard_after_forward) for layer in decoder_layers(model)]
     embed, head = model.get_input_embeddings(), model.lm_head
-    if head.weight is not embed.weight:  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
+    if not is_tied(model):  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
         groups += [(embed, reshard_after_forward), (head, False)]  # the backward pass begins with the head
     for module, reshard in (*groups, (model, False)):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         module.reshards = reshard
     register_fsdp_forward_method(model, "score")
     model.is_gathered = False
+
+
+def is_tied(model):
+    """Whether head and embedding share a weight."""
+    return bool({*model.lm_head.parameters()} & {*model.get_input_embeddings().parameters()})
+
+
+def place(module, name, tensor, device):
+    """Give a parameter its values, of which each rank keeps its slice; `tensor` is whole on every rank."""
+    p = module._parameters[name]
+    tensor = tensor.to(device)
+    if isinstance(p, DTensor):
+        tensor = distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # sliced here: no communication
+    module._parameters[name] = nn.Parameter(tensor, requires_grad=p.requires_grad)
+
+
+def whole(tensor):
+    """The tensor with all ranks' slices, on every rank; all must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def decoder_layers(model) -> list[nn.Module]:
