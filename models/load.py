@@ -145,7 +145,9 @@ def read_weights(model, folder, device):
     with quantize.taken_out(model) as quantised:
         for name, layer in quantised.items():
             if f"{name}.weight" not in tensors:
-                raise ValueError(f"model.quantization: {folder} has no {name}.weight; nf4 reads only files that name layers as the model does")
+                raise ValueError(
+                    f"model.quantization: {folder} has no {name}.weight; nf4 reads only files that name layers as the model does"
+                )
             bias = tensors.pop(f"{name}.bias")[:] if layer.bias is not None else None
             layer.fill(tensors.pop(f"{name}.weight")[:], bias, device)
         config = LoadStateDictConfig(
@@ -189,7 +191,7 @@ def initialise(model, seed, device):
 
 
 def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2**30):
-    """Write a Hugging Face folder that plain `from_pretrained` loads; every rank calls it, rank 0 writes.
+    """Write a Hugging Face folder that plain `from_pretrained` loads, adapters merged; every rank calls it, rank 0 writes.
 
     Tensors are gathered one decoder layer at a time, already in `dtype` (default: the dtype that the model's config declares), so rank 0
     holds one file's worth. The folder appears whole, by one rename.
@@ -217,6 +219,8 @@ def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2*
         name_shards(temporary, files, total)
         config = type(model.config).from_dict(model.config.to_dict())
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
+        if lora.unties(lora.wrappers(model)):
+            config.tie_word_embeddings = False
         config.save_pretrained(temporary)
         (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -225,12 +229,19 @@ def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2*
 
 
 def units(model):
-    """The state dict cut into {name: tensor}s of one decoder layer, or of one tensor outside the layers; a tied head is left out."""
+    """The state dict cut into {name: tensor}s of one decoder layer, or of one tensor outside the layers; a tied head is left out.
+
+    Of what has an adapter or is quantised stands a function in the tensor's place, which gives the weight that it acts with.
+    """
     groups = {}
-    for name, tensor in model.state_dict().items():
-        if name not in model.all_tied_weights_keys:
-            layer = re.match(r".*?\.\d+\.", name)
-            groups.setdefault(layer.group() if layer else name, {})[name] = tensor
+    with lora.unwrapped(model) as adapted:
+        acting = quantize.reading(model) | lora.merging(adapted)
+        tied = () if lora.unties(adapted) else model.all_tied_weights_keys
+        for name, tensor in model.state_dict().items():
+            if name not in tied:
+                layer = re.match(r".*?\.\d+\.", name)
+                name = re.sub(r"\.packed$", ".weight", name)
+                groups.setdefault(layer.group() if layer else name, {})[name] = acting.get(name, tensor)
     return list(groups.values())
 
 
@@ -238,8 +249,8 @@ def gather(unit, dtype):
     """Whole tensors on the CPU; floating-point ones are cast before they travel."""
     out = {}
     for name, tensor in unit.items():
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = tensor if isinstance(tensor, torch.Tensor) else tensor()
+        tensor = sharding.whole(tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if dist.get_rank() == 0:
             out[name] = tensor.cpu().contiguous()
     return out

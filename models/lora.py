@@ -67,7 +67,9 @@ def refuse(model, config):
     for key in found:
         if not isinstance(modules[key], nn.Linear):
             kind = type(modules[key]).__name__
-            raise ValueError(f"lora.target_modules: {key} is no linear layer but {kind}; train it whole by lora.modules_to_save, or leave it out")
+            raise ValueError(
+                f"lora.target_modules: {key} is no linear layer but {kind}; train it whole by lora.modules_to_save, or leave it out"
+            )
     if modules["lm_head"] in [modules[key] for key in found]:
         tied = modules["lm_head"].weight is model.get_input_embeddings().weight
         if tied or config.use_dora:
@@ -152,12 +154,8 @@ def initialise(model, seed, device):
 
 
 @torch.no_grad()
-def merged(layer, name="weight"):
-    """The whole weight that a module acts with, adapter included, float32."""
-    if isinstance(layer, ModulesToSaveWrapper):
-        return sharding.whole(layer.modules_to_save[NAME].get_parameter(name)).float()
-    if name != "weight":
-        return sharding.whole(layer.base_layer.get_parameter(name))
+def merged(layer):
+    """The whole weight that an adapted linear layer acts with, float32."""
     a, b = (sharding.whole(part[NAME].weight).float() for part in (layer.lora_A, layer.lora_B))
     weight = sharding.whole(layer.base_layer.weight).float() + layer.scaling[NAME] * (b @ a)  # (out, in)
     if layer.use_dora[NAME]:
@@ -167,9 +165,19 @@ def merged(layer, name="weight"):
 
 
 def merging(found):
-    """{name of a weight of the base: function that gives it whole with its adapter}, of what `unwrapped` gave."""
-    names = {name: dict(base_of(layer).named_parameters()) for name, layer in found.items()}
-    return {f"{name}.{key}": partial(merged, found[name], key) for name, keys in names.items() for key in keys}
+    """{name of a weight of the base: what takes its place when adapters are merged}, of what `unwrapped` gave."""
+    out = {}
+    for name, layer in found.items():
+        if isinstance(layer, ModulesToSaveWrapper):
+            out |= {f"{name}.{key}": p.detach() for key, p in layer.modules_to_save[NAME].named_parameters()}
+        else:
+            out[f"{name}.weight"] = partial(merged, layer)
+    return out
+
+
+def unties(found):
+    """Whether a whole copy of head or embedding is trained, which then is no longer the other's."""
+    return any(isinstance(layer, ModulesToSaveWrapper) for layer in found.values())
 
 
 def save_adapter(model, tokenizer, folder):

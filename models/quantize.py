@@ -6,6 +6,7 @@ Linear4bit is not used: in eval mode it repacks its weights on some CPUs, which 
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,9 @@ def swap(model):
     packed = sum(m.packed.numel() for m in model.modules() if isinstance(m, NF4Linear))
     if rest > 2 * packed:
         kind = type(model).__name__
-        raise ValueError(f"model.quantization: most weights of {kind} are in no linear layer (fused experts?), so nf4 would not shrink them")
+        raise ValueError(
+            f"model.quantization: most weights of {kind} are in no linear layer (fused experts?), so nf4 would not shrink them"
+        )
 
 
 @contextmanager
@@ -63,7 +66,9 @@ class NF4Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
         if self.in_features % 4:
-            raise ValueError(f"model.quantization: a linear layer of {self.in_features} inputs does not pack into nf4, which needs a multiple of 4")
+            raise ValueError(
+                f"model.quantization: a linear layer of {self.in_features} inputs does not pack into nf4, which needs a multiple of 4"
+            )
         packed = torch.empty(self.out_features, self.in_features // 4, dtype=torch.bfloat16, device="meta")
         self.packed = nn.Parameter(packed, requires_grad=False)  # four 4-bit weights an element
         self.bias = linear.bias
@@ -86,6 +91,11 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x):
         return Product.apply(x, self.packed, self.bias, self.state)
+
+
+def reading(model):
+    """{name of a weight: function that gives it whole}, of the quantised layers."""
+    return {f"{name}.weight": partial(getattr, m, "weight") for name, m in model.named_modules() if isinstance(m, NF4Linear)}
 
 
 def dequantize(packed, state):

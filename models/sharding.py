@@ -77,6 +77,11 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor):
+    """This rank's slice."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def decoder_layers(model) -> list[nn.Module]:
     """The repeated blocks, by transformers' own list of modules that must not be split."""
     names = set(model._no_split_modules or ())

@@ -302,7 +302,6 @@ class Config:
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")
 
-
     def check_lora(self):
         for name, value in asdict(self.lora).items():
             used = self.lora.r or value == getattr(Lora(), name)
