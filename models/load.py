@@ -141,7 +141,7 @@ def read_weights(model, folder, device):
     """
     dtype = model.get_input_embeddings().weight.dtype
     files = [safe_open(path, framework="pt") for path in weight_files(folder)]
-    tensors = {name: file.get_slice(name) for file in files for name in file.keys()}
+    tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  not a dict
     with quantize.taken_out(model) as quantised:
         for name, layer in quantised.items():
             if f"{name}.weight" not in tensors:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
@@ -59,8 +60,6 @@ def refuse(model, config):
             raise ValueError(f"lora.modules_to_save: no module of {type(model).__name__} is named {name}; {near(modules)}")
     if names == "all-linear":
         return
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     found = [key for key in modules if key and check_target_module_exists(config, key)]
     if not found:
         raise ValueError(f"lora.target_modules: no module of {type(model).__name__} matches {names!r}; {near(modules)}")

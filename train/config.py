@@ -176,7 +176,7 @@ class Train:
     adam_epsilon: float = 1e-8
     """Added to the root of the mean of squared gradients."""
     optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """AdamW: torch's fused; bitsandbytes' with its state in blocks of 8 bits; paged: in memory that moves to the host when the GPU is full."""
+    """adamw: torch's, fused; 8bit: bitsandbytes' with its state in 8 bits; paged: state that moves to the host where the GPU is full."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
 
