@@ -60,11 +60,12 @@ def run(cfg, device, progress):
     model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed, cfg.lora)
     for part in (rows, held_out) if held_out else (rows,):
         load.check_vocabulary(model, part.report["max_token_id"])
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, trained, held = load.size(model)
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     follower = None  # a reference model that follows the policy
     if algorithm.REFERENCE and cfg.reference.sync_ref_model:
-        follower = reference.build(cfg, folder, device).requires_grad_(False).eval()
+        whole = None if cfg.lora.r else reference.build(cfg, folder, device).requires_grad_(False).eval()
+        follower = whole or reference.AdapterCopy(model)
     elif algorithm.REFERENCE:
         rows = reference.with_logps(rows, model, record["reference"], cfg, folder, device, dealt)
         held_out = held_out and reference.with_logps(held_out, model, record["reference"], cfg, folder, device, dealt)
@@ -72,7 +73,10 @@ def run(cfg, device, progress):
     state = checkpoint.load(resumed, model, optimizer, follower) if resumed else {"step": 0, "num_tokens": 0}
     first, last = state["step"] + 1, batches.steps_in(len(rows), cfg.train)
     steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
-    say(f"{parameters:,} parameters on {ranks} x {device.type}, {model.config._attn_implementation} attention; {steps}")
+    say(
+        f"{parameters:,} parameters, {trained:,} of them trained, {held / parameters:.3f} bytes each on a rank; {ranks} x {device.type}, "
+        f"{model.config._attn_implementation} attention; {steps}"
+    )
 
     def complete(step):
         step = reference.live(step, follower) if follower else step

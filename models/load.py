@@ -113,6 +113,14 @@ def make_packable(config):
                 print(f"{name} of the model is {value}; set to 0", flush=True)
 
 
+def size(model):
+    """(weights, trained weights, bytes that this rank holds of them all), without gradients and optimizer state."""
+    quantised = [m for m in model.modules() if isinstance(m, quantize.NF4Linear)]
+    weights = sum(p.numel() for p in model.parameters()) + sum(3 * m.packed.numel() for m in quantised)  # four an element
+    held = sum(sharding.local(p).nbytes for p in model.parameters()) + sum(m.scales_bytes() for m in quantised)
+    return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), held
+
+
 def check_vocabulary(model, largest_id):
     rows = model.get_input_embeddings().weight.shape[0]
     if largest_id >= rows:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import sharding
+from models.dropout import KeyedDropout
 
 NAME = "default"  # peft's name for a model's only adapter
 
@@ -45,6 +46,9 @@ def inject(model, settings, base, revision=None):
     )
     refuse(model, config)
     inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
+    for name, layer in wrappers(model).items():
+        if settings.lora_dropout and isinstance(layer, LoraLayer):
+            model.dropouts[name] = layer.lora_dropout[NAME] = KeyedDropout(settings.lora_dropout, name)
     if isinstance(model.lm_head, Linear):
         model.lm_head.__class__ = AdaptedHead
     for p in model.parameters():

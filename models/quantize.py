@@ -82,6 +82,9 @@ class NF4Linear(nn.Linear):
         if bias is not None:
             sharding.place(self, "bias", bias.to(self.dtype), device)
 
+    def scales_bytes(self):
+        return self.state.absmax.nbytes + self.state.state2.absmax.nbytes
+
     @property
     def weight(self):
         """(out, in), whole."""

@@ -273,11 +273,11 @@ class Config:
     """Everything that the run writes goes here."""
     model: Model
     data: Data
-    lora: Lora = field(default_factory=Lora)
     algorithm: AlgorithmName = "sft"
     """What is trained for; the block of this name holds its settings, and no other algorithm's block may be set."""
     seed: int = 42
     """Of everything that is drawn at random."""
+    lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
     evaluation: Evaluation = field(default_factory=Evaluation)
     fsdp: Fsdp = field(default_factory=Fsdp)
@@ -313,6 +313,9 @@ class Config:
         name = self.model.model_name_or_path
         drawn = self.model.from_scratch or (name.startswith("builtin:") and name != "builtin:sft")
         require(not drawn, "lora.r", self.lora.r, "null for a model of random weights, which are kept nowhere")
+        cure = "false where lora.r is set and the reference is a model of its own: only a copy of the adapters can follow adapters"
+        following = self.reference.sync_ref_model and self.reference.model_name_or_path
+        require(not following, "reference.sync_ref_model", self.reference.sync_ref_model, cure)
         cure = f"0 for {self.algorithm}: its losses compare log-probs, which dropout would blur (TRL sets it to 0 there in silence)"
         require(self.algorithm == "sft" or not self.lora.lora_dropout, "lora.lora_dropout", self.lora.lora_dropout, cure)
 

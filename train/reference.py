@@ -44,7 +44,8 @@ def key_of(cfg, folder, device):
     for file in [home / "config.json", *([] if drawn else sorted(home.glob("*.safetensors")))]:
         with open(file, "rb") as f:
             digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
-    return {
+    quantized = {"quantization": cfg.model.quantization} if cfg.model.quantization else {}
+    return quantized | {
         "model": (other or cfg.model).model_name_or_path,
         "weights": digest.hexdigest()[:16] + (f" drawn from seed {cfg.seed}" if drawn else ""),
         "attention": attention.choose(cfg.model.attn_implementation, device, dtype),
@@ -115,9 +116,45 @@ def score(model, rows, chosen, dealt):
     return out
 
 
-def live(step, model):
-    """The step with `ref_logps` by a model that changes during training."""
-    return step._replace(micro_batches=[batch | {"ref_logps": token_logps_of(model, batch)} for batch in step.micro_batches])
+class AdapterCopy:
+    """A reference that follows a policy of adapters: a copy of them, over the policy's own base.
+
+    Mixing adapters is not mixing weights: where the update's share of the policy is below 1, B and A are averaged apart.
+    """
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.copies = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+    def named_parameters(self):
+        return self.copies.items()
+
+    def parameters(self):
+        return self.copies.values()
+
+    @torch.no_grad()
+    def swap(self):
+        """The policy gets the copies, and the copies the policy's values."""
+        for theirs, ours in zip(self.parameters(), trained(self.policy)):
+            values = ours.to_local().clone()
+            ours.to_local().copy_(theirs.to_local())
+            theirs.to_local().copy_(values)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def live(step, reference):
+    """The step with `ref_logps` by a reference that changes during training."""
+    copy = isinstance(reference, AdapterCopy)
+    if copy:
+        reference.swap()
+    model = reference.policy if copy else reference
+    step = step._replace(micro_batches=[batch | {"ref_logps": token_logps_of(model, batch)} for batch in step.micro_batches])
+    if copy:
+        reference.swap()
+    return step
 
 
 @torch.no_grad()
@@ -128,5 +165,5 @@ def token_logps_of(model, batch):
 @torch.no_grad()
 def follow(reference, policy, mixup):
     """TR-DPO's update of the reference, reference <- mixup * policy + (1 - mixup) * reference, slice by slice on each rank."""
-    for theirs, ours in zip(reference.parameters(), policy.parameters()):
+    for theirs, ours in zip(reference.parameters(), trained(policy)):
         theirs.to_local().lerp_(ours.to_local(), mixup)
