@@ -93,6 +93,8 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
             read_weights(model, folder, device)
     if adapted:
         lora.initialise(model, seed, device)
+        if adapters.adapter_name_or_path:
+            lora.read_adapter(model, adapters.adapter_name_or_path)
     assert sharding.is_tied(model) == model.config.get_text_config().tie_word_embeddings, "tied embeddings came apart"
     return model.train()
 

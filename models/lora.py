@@ -18,8 +18,9 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 
 from models import sharding
 from models.dropout import KeyedDropout
@@ -66,7 +67,7 @@ def refuse(model, config):
         return
     found = [key for key in modules if key and check_target_module_exists(config, key)]
     if not found:
-        raise ValueError(f"lora.target_modules: no module of {type(model).__name__} matches {names!r}; {near(modules)}")
+        raise ValueError(f"lora.target_modules: no module of {type(model).__name__} matches {sorted_names(names)!r}; {near(modules)}")
     for key in found:
         if not isinstance(modules[key], nn.Linear):
             kind = type(modules[key]).__name__
@@ -157,6 +158,40 @@ def initialise(model, seed, device):
 
 
 @torch.no_grad()
+def read_adapter(model, folder):
+    """Fill the adapters from a folder in peft's format. ValueError where it was made with other settings or for another base."""
+    where = f"lora.adapter_name_or_path: {folder}"
+    if not Path(folder, "adapter_model.safetensors").exists():
+        raise ValueError(f"{where} is no adapter: it has no adapter_model.safetensors")
+    ours, theirs = model.peft_config[NAME], LoraConfig.from_pretrained(folder)
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(f"lora.{name}: got {getattr(ours, name)}, expected {getattr(theirs, name)}, with which {folder} was made")
+    bases = [os.path.basename(os.path.normpath(config.base_model_name_or_path or "")) for config in (theirs, ours)]
+    if bases[0] != bases[1]:
+        cure = "if they are one model, say so in its adapter_config.json"
+        raise ValueError(f"{where} was made for {theirs.base_model_name_or_path}, not for {ours.base_model_name_or_path}; {cure}")
+    tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    parameters = get_peft_model_state_dict(model, trained(model), NAME, save_embedding_layers=False)
+    parameters = {f"base_model.model.{name}": p for name, p in parameters.items()}
+    shapes, wanted = ({name: tuple(t.shape) for name, t in group.items()} for group in (tensors, parameters))
+    if shapes != wanted:
+        name = min(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+        raise ValueError(
+            f"{where} was made for other modules or a base of another shape: {name} has shape {shapes.get(name)} "
+            f"there, {wanted.get(name)} here"
+        )
+    for name, p in parameters.items():
+        tensor = tensors[name].to(p.device, p.dtype)
+        p.to_local().copy_(distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None).to_local())
+
+
+def trained(model):
+    """{name: parameter} of the adapters."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
 def merged(layer):
     """The whole weight that an adapted linear layer acts with, float32."""
     a, b = (sharding.whole(part[NAME].weight).float() for part in (layer.lora_A, layer.lora_B))
@@ -190,11 +225,10 @@ def save_adapter(model, tokenizer, folder):
     folder = Path(folder)
     temporary = folder.with_name(f".tmp-{folder.name}")
     tensors = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            tensor = sharding.whole(p.detach()).cpu()
-            if dist.get_rank() == 0:
-                tensors[name] = tensor
+    for name, p in trained(model).items():
+        tensor = sharding.whole(p.detach()).cpu()
+        if dist.get_rank() == 0:
+            tensors[name] = tensor
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -112,6 +112,8 @@ class Lora:
     """Train the length of each row of a weight apart from its direction (DoRA)."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules that are trained whole beside the adapters: lm_head, embed_tokens."""
+    adapter_name_or_path: str | None = None
+    """Folder of an adapter in peft's format to go on from, instead of a new one; the settings above must be those it was made with."""
 
     def __post_init__(self):
         at_least("lora", self, r=1, lora_alpha=0)

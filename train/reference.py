@@ -44,8 +44,10 @@ def key_of(cfg, folder, device):
     for file in [home / "config.json", *([] if drawn else sorted(home.glob("*.safetensors")))]:
         with open(file, "rb") as f:
             digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
-    quantized = {"quantization": cfg.model.quantization} if cfg.model.quantization else {}
-    return quantized | {
+    more = {"quantization": cfg.model.quantization} if cfg.model.quantization else {}
+    if cfg.lora.adapter_name_or_path and other is None:
+        more["adapter"] = hashlib.sha256(Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+    return more | {
         "model": (other or cfg.model).model_name_or_path,
         "weights": digest.hexdigest()[:16] + (f" drawn from seed {cfg.seed}" if drawn else ""),
         "attention": attention.choose(cfg.model.attn_implementation, device, dtype),
