@@ -2,7 +2,7 @@
 
 Departs from the paper: nothing; beta is its lambda. The cross-entropy covers prompt and chosen response, as TRL's.
 Departs from TRL: both denominators, pairs and tokens, are the whole step's, where TRL averages means of micro-batches; rows are tokenised
-as DPO's, without a second end token after a template's.
+as DPO's, where TRL puts a first and an end token around a template's text and looks back one token at most for the end of the prompt.
 """
 
 import math

@@ -6,7 +6,8 @@ reward (AlphaPO, https://arxiv.org/abs/2501.03884, equation 3).
 
 beta and gamma are the paper's: the loss is -log sigmoid(beta z - gamma), as in TRL, whose `simpo_gamma` is the same number.
 Departs from TRL: no cross-entropy by default (TRL's cpo_alpha is 1), beta 2 and gamma 1 as the paper's experiments, not 0.1 and 0.5; the
-cross-entropy is divided by the chosen tokens of the whole step; rows are tokenised as DPO's, without a second end token after a template's.
+cross-entropy is divided by the chosen tokens of the whole step; rows are tokenised as DPO's, where TRL puts a first and
+an end token around a template's text and looks back one token at most for the end of the prompt.
 """
 
 import math

@@ -5,6 +5,7 @@ and it goes on where it stood.
 """
 
 import dataclasses
+import itertools
 import os
 import signal
 import sys
@@ -16,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 
-from algorithms import dpo, kto, orpo, sft, simpo
+from algorithms import dpo, grpo, kto, orpo, sft, simpo
 from models import load, lora, sharding
-from train import batches, checkpoint, config, data, log, loop, optim, reference, toy
+from train import batches, checkpoint, config, data, log, loop, optim, reference, rollouts, toy
 from train.log import say
 
-ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo}
+ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
 
 
 def main():
@@ -62,16 +63,16 @@ def run(cfg, device, progress):
         load.check_vocabulary(model, part.report["max_token_id"])
     parameters, trained, held = load.size(model)
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
-    follower = None  # a reference model that follows the policy
-    if algorithm.REFERENCE and cfg.reference.sync_ref_model:
-        whole = None if cfg.lora.r else reference.build(cfg, folder, device).requires_grad_(False).eval()
-        follower = whole or reference.AdapterCopy(model)
-    elif algorithm.REFERENCE:
-        rows = reference.with_logps(rows, model, record["reference"], cfg, folder, device, dealt)
-        held_out = held_out and reference.with_logps(held_out, model, record["reference"], cfg, folder, device, dealt)
+    first = progress["step"] + 1
+    last = batches.steps_in(len(rows), cfg.train, *(rollouts.sizes(cfg) if algorithm.ROWS == "prompts" else ()))
+    journal = log.Log(cfg.output_dir, cfg.log, first, last)
+    rows, held_out, follower = with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out)
+    changing = follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
+    sampler = rollouts.Rollouts(cfg, model, tokenizer, rows, dealt, journal) if algorithm.ROWS == "prompts" else None
     optimizer = optim.make_optimizer(model, cfg.train)
-    state = checkpoint.load(resumed, model, optimizer, follower) if resumed else {"step": 0, "num_tokens": 0}
-    first, last = state["step"] + 1, batches.steps_in(len(rows), cfg.train)
+    state = checkpoint.load(resumed, model, optimizer, changing) if resumed else {"num_tokens": 0}
+    if sampler and resumed:
+        sampler.restore(Path(resumed), state)
     steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
     say(
         f"{parameters:,} parameters, {trained:,} of them trained, {held / parameters:.3f} bytes each on a rank; {ranks} x {device.type}, "
@@ -83,19 +84,19 @@ def run(cfg, device, progress):
         return batches.with_statistics(step, model, algorithm, settings)
 
     def source():
-        for number, step in enumerate(batches.offline_steps(rows, cfg.train, cfg.seed, first, *dealt[1:]), first):
-            if follower and number > 1 and due(number - 1, cfg.reference.ref_model_sync_steps):
+        stream = sampler.steps(first) if sampler else batches.offline_steps(rows, cfg.train, cfg.seed, first, *dealt[1:])
+        for number in itertools.count(first):
+            if changing and number > 1 and due(number - 1, cfg.reference.ref_model_sync_steps):
                 reference.follow(follower, model, cfg.reference.ref_model_mixup_alpha)
-            yield complete(step)
-
-    held = batches.Step(batches.micro_batches(held_out, range(len(held_out)), *dealt), len(held_out), {}) if held_out else None
-    journal = log.Log(cfg.output_dir, cfg.log, first, last)
+            yield complete(next(stream))
 
     def test(step):
-        return evaluate(cfg, algorithm, model, tokenizer, complete(held), held_out, journal, step, last) if held else {}
+        return evaluate(cfg, algorithm, model, tokenizer, sampler, complete, held_out, dealt, journal, step, last) if held_out else {}
 
     def check(step, metrics):
-        if step == 1 and algorithm.REFERENCE and cfg.reference.model_name_or_path is None:
+        if sampler:
+            sampler.check(step, metrics)
+        elif step == 1 and algorithm.REFERENCE and cfg.reference.model_name_or_path is None:
             reference.check_first_step(metrics, settings.beta)
 
     def report(step, metrics, preempted):
@@ -104,8 +105,9 @@ def run(cfg, device, progress):
             metrics |= test(step)
         journal.write(step, metrics)
         if step == last or preempted or due(step, cfg.checkpoint.save_steps):
-            known = record | {"num_tokens": metrics["num_tokens"]}
-            checkpoint.save(cfg.output_dir, step, model, optimizer, known, cfg.checkpoint.save_total_limit, follower)
+            files, numbers = sampler.kept(step) if sampler else ({}, {})
+            known = record | {"num_tokens": metrics["num_tokens"]} | numbers
+            checkpoint.save(cfg.output_dir, step, model, optimizer, known, cfg.checkpoint.save_total_limit, changing, files)
 
     if first == 1:
         journal.scalars(0, test(0))
@@ -117,12 +119,24 @@ def run(cfg, device, progress):
         check=check,
         report=report,
     )
-    journal.close()
+    for part in (journal, sampler):
+        if part:
+            part.close()
     if outcome == "finished":
         save = lora.save_adapter if cfg.lora.r else load.save_pretrained
         save(model, tokenizer, Path(cfg.output_dir, "final"))
         say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
     return outcome
+
+
+def with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out):
+    """(rows, held-out rows, live reference or None): rows with reference log-probs, unless the reference must score what is yet to come."""
+    if not (algorithm.REFERENCE and settings.beta):
+        return rows, held_out, None
+    if cfg.reference.sync_ref_model or algorithm.ROWS == "prompts":
+        return rows, held_out, reference.live_model(cfg, model, folder, device)
+    parts = (part and reference.with_logps(part, model, record["reference"], cfg, folder, device, dealt) for part in (rows, held_out))
+    return *parts, None
 
 
 def read_inputs(cfg, algorithm, settings, device):
@@ -141,7 +155,7 @@ def read_inputs(cfg, algorithm, settings, device):
         "folder": str(Path(folder).resolve()),
         "ranks": dist.get_world_size(),
     }
-    if algorithm.REFERENCE:
+    if algorithm.REFERENCE and settings.beta:
         record["reference"] = reference.key_of(cfg, folder, device)
     if resumed:
         checkpoint.check_inputs(checkpoint.read_state(resumed), record)
@@ -166,11 +180,14 @@ def due(step, every):
     return bool(every) and step % every == 0
 
 
-def evaluate(cfg, algorithm, model, tokenizer, held, held_out, journal, step, last):
-    """Held-out loss and, if asked for, generated answers, as `eval/` metrics; the last evaluation shows three answers."""
-    metrics, samples = loop.evaluate(model, algorithm, getattr(cfg, cfg.algorithm), held.micro_batches), []
+def evaluate(cfg, algorithm, model, tokenizer, sampler, complete, held_out, dealt, journal, step, last):
+    """Held-out loss, or rewards, and generated answers, as `eval/` metrics; the last evaluation shows three answers."""
+    metrics, samples = {}, []
+    if not sampler:
+        held = complete(batches.Step(batches.micro_batches(held_out, range(len(held_out)), *dealt), len(held_out), {}))
+        metrics = loop.evaluate(model, algorithm, getattr(cfg, cfg.algorithm), held.micro_batches)
     if cfg.evaluation.generate:
-        scores, samples = loop.answer(model, tokenizer, held_out, cfg.evaluation)
+        scores, samples = sampler.evaluate(held_out) if sampler else loop.answer(model, tokenizer, held_out, cfg.evaluation)
         metrics |= scores
     metrics = {f"eval/{name}": value for name, value in metrics.items()}
     journal.samples(step, samples)
@@ -216,7 +233,8 @@ def prepare(cfg, part, source, split, tokenizer, algorithm, settings):
         rows = data.scoring_prompts(rows)
     if algorithm.ROWS == "labelled" and algorithm.needs_step(settings):
         rows = data.with_mismatched(rows, cfg.data.max_length)
-    batches.check_budget(rows, cfg.train.micro_batch_tokens)
+    if algorithm.ROWS != "prompts":
+        batches.check_budget(rows, cfg.train.micro_batch_tokens)
     return rows
 
 

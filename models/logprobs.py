@@ -16,18 +16,19 @@ from models.sharding import reshard
 SLICE = 2**26  # elements of one slice of (tokens x vocabulary): 256 MiB in float32
 
 
-def token_logps(model, batch, byproducts=(), temperature=1.0):
+def token_logps(model, batch, byproducts=()):
     """Log-probs of the batch's targets, nats: `out["logps"]` (R, T) float32 with a graph, 0 where nothing is scored.
 
     batch: `input_ids` (R, T) int64, `attention_mask` (R, T) bool right-padded, `loss_mask` or the wider `score_mask` (R, T) bool,
-    all on the CPU, so that shapes are known without waiting for the device. byproducts, each (R, T) float32 without a graph:
-    `entropy` of the predicted distribution (nats), `is_top1` (1 where the target is the likeliest token), `mean_logits` (over the
-    vocabulary), `log_sum_sq` (log of the sum of squared probabilities).
+    all on the CPU, so that shapes are known without waiting for the device; `temperature`, one number, where logits are divided by one.
+    byproducts, each (R, T) float32 without a graph: `entropy` of the predicted distribution (nats), `is_top1` (1 where the target is
+    the likeliest token), `mean_logits` (over the vocabulary), `log_sum_sq` (log of the sum of squared probabilities); `live_entropy` is
+    the entropy with a graph.
     """
     packed, (rows, columns) = pack(batch)
     device = model.lm_head.weight.device
     packed = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
-    values = model.score(**packed, byproducts=tuple(byproducts), temperature=temperature)
+    values = model.score(**packed, byproducts=tuple(byproducts), temperature=float(batch.get("temperature", 1.0)))
     if not torch.is_grad_enabled():
         reshard(model)  # the groups that stay whole for the backward pass, which does not come
     where = (rows.to(device), columns.to(device))
@@ -93,6 +94,11 @@ class ScoringHead(nn.Linear):
             return super().forward(hidden)
         return self.score(hidden, self.weight, labels, byproducts, temperature)
 
+    def logits(self, hidden, weight=None):
+        """float32 logits (M, V)."""
+        weight = self.weight if weight is None else weight
+        return logits(hidden, weight, self.bias, (self.logit_scale, self.softcap, 1.0))
+
     def score(self, hidden, weight, labels, byproducts, temperature):
         return self.score_with(hidden, weight, self.bias, labels, (self.logit_scale, self.softcap, temperature), byproducts)
 
@@ -116,11 +122,14 @@ def logits(hidden, weight, bias, transform):
 def eager(hidden, weight, bias, labels, transform, byproducts):
     """Log-probs (M,) by plain autograd, with the whole (M, V) table in memory: the reference for `chunked`."""
     z = logits(hidden, weight, bias, transform)  # (M, V)
-    out = {"logps": z.log_softmax(-1).gather(-1, labels[:, None]).sum(-1)}
+    log_p = z.log_softmax(-1)  # (M, V)
+    out = {"logps": log_p.gather(-1, labels[:, None]).sum(-1)}
+    if "live_entropy" in byproducts:
+        out["live_entropy"] = -(log_p.exp() * log_p).sum(-1)
     if byproducts:
         with torch.no_grad():
             z = z.detach()
-            out |= byproducts_of(z, *statistics(z), labels, byproducts)
+            out |= byproducts_of(z, *statistics(z), labels, set(byproducts) - {"live_entropy"})
     return out
 
 
@@ -140,8 +149,8 @@ def statistics(z):
 def byproducts_of(z, p, lse, index, labels, names):
     """What metrics want of a slice of logits z (m, V) and its `statistics`; each (m,) float32."""
     out = {}
-    if "entropy" in names:
-        out["entropy"] = lse - torch.einsum("mv,mv->m", p, z)
+    for name in {"entropy", "live_entropy"} & set(names):
+        out[name] = lse - torch.einsum("mv,mv->m", p, z)
     if "is_top1" in names:
         out["is_top1"] = (index == labels).float()
     if "mean_logits" in names:
@@ -168,15 +177,17 @@ class Chunked(torch.autograd.Function):
             if keep:
                 ctx.p = p  # (M, V)
             del z, p  # or they would stand beside the next slice
-        ctx.save_for_backward(hidden, weight, bias, labels, lse)
-        ctx.transform = transform
-        ctx.mark_non_differentiable(*(values[name] for name in byproducts))
+        entropy = values.get("live_entropy")
+        ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy)
+        ctx.transform, ctx.live = transform, byproducts.index("live_entropy") if entropy is not None else None
+        ctx.mark_non_differentiable(*(values[name] for name in byproducts if name != "live_entropy"))
         return tuple(values.values())
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
+    def backward(ctx, grad, *others):
+        hidden, weight, bias, labels, lse, entropy = ctx.saved_tensors
         scale, softcap, temperature = ctx.transform
+        of_entropy = None if ctx.live is None else others[ctx.live]  # (M,)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if want_hidden else None  # (M, H)
         d_weight = torch.zeros(weight.shape, device=weight.device) if want_weight else None  # (V, H) float32
@@ -188,7 +199,10 @@ class Chunked(torch.autograd.Function):
                 z = logits(hidden[part], weight, bias, ctx.transform)  # (m, V)
                 slope = None if softcap is None else 1 - (z * temperature / softcap) ** 2  # of the soft cap
                 p = z.sub_(lse[part, None]).exp_()
+            bend = None if of_entropy is None else (torch.xlogy(p, p) + p * entropy[part, None]) * of_entropy[part, None]
             dz = p.mul_(-grad[part, None])  # d log p_y / d z_v = [v = y] - p_v
+            if bend is not None:
+                dz -= bend  # d H / d z_v = -p_v (log p_v + H)
             dz.scatter_add_(-1, labels[part, None], grad[part, None])
             if slope is not None:
                 dz.mul_(slope)
@@ -199,7 +213,7 @@ class Chunked(torch.autograd.Function):
                 d_weight += dz.t() @ hidden[part]
             if want_bias:
                 d_bias += dz.sum(0)
-            z = p = dz = None  # or they would stand beside the next slice
+            z = p = dz = bend = None  # or they would stand beside the next slice
         return d_hidden, d_weight, d_bias, None, None, None
 
 

@@ -90,14 +90,18 @@ class AdaptedHead(Linear):
     """A head with an adapter: hidden (M, H) and the adapter's inner values (M, r) meet its weight and B side by side, (V, H + r)."""
 
     def forward(self, hidden, labels=None, byproducts=(), temperature=1.0):
-        head = self.base_layer
         if labels is None:
             return super().forward(hidden)
+        return self.base_layer.score(*self.side_by_side(hidden), labels, byproducts, temperature)
+
+    def logits(self, hidden):
+        return self.base_layer.logits(*self.side_by_side(hidden))
+
+    def side_by_side(self, hidden):
         if self.disable_adapters:
-            return head(hidden, labels, byproducts, temperature)
+            return hidden, self.base_layer.weight
         inner = self.lora_A[NAME](self.lora_dropout[NAME](hidden)) * self.scaling[NAME]  # (M, r)
-        weight = torch.cat([head.weight, self.lora_B[NAME].weight], dim=1)  # (V, H + r)
-        return head.score(torch.cat([hidden, inner], dim=1), weight, labels, byproducts, temperature)
+        return torch.cat([hidden, inner], dim=1), torch.cat([self.base_layer.weight, self.lora_B[NAME].weight], dim=1)
 
 
 def wrappers(model):

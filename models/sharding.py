@@ -54,7 +54,8 @@ def shard(model, mesh, dtype, reshard_after_forward):
     for module, reshard in (*groups, (model, False)):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         module.reshards = reshard
-    register_fsdp_forward_method(model, "score")
+    for name in ("score", "decode"):
+        register_fsdp_forward_method(model, name)
     model.is_gathered = False
 
 

@@ -6,6 +6,7 @@ A step has the same examples on any hardware. They are dealt over ranks and micr
 
 import math
 import zlib
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,19 +26,27 @@ class Step(NamedTuple):
     """What the source itself knows of the step, equal on all ranks."""
 
 
-def steps_in(examples, train):
-    """Optimizer steps of the run; the last step of an epoch may be short, none reaches across epochs."""
+def steps_in(examples, train, size=None, repeats=1):
+    """Optimizer steps of the run; the last step of an epoch may be short, none reaches across epochs.
+
+    GRPO: `size` prompts make a rollout, which is trained on for `repeats` steps.
+    """
     if train.max_steps is not None:
         return train.max_steps
-    return math.ceil(train.num_train_epochs * math.ceil(examples / train.global_batch_size))
+    return math.ceil(train.num_train_epochs * math.ceil(examples / (size or train.global_batch_size))) * repeats
 
 
 def examples_of(step, examples, batch_size, seed):
     """Indices of the examples of step `step` (from 1): a pure function, so a resumed run neither repeats nor skips."""
     per_epoch = math.ceil(examples / batch_size)
     epoch, within = divmod(step - 1, per_epoch)
-    order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed + epoch))  # TRL's order for the same seed
-    return order[within * batch_size : (within + 1) * batch_size].tolist()
+    return order(examples, seed + epoch)[within * batch_size : (within + 1) * batch_size]
+
+
+@lru_cache(maxsize=2)
+def order(examples, seed):
+    """TRL's order of an epoch for the same seed."""
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def offline_steps(rows, train, seed, first, rank, ranks, quadratic):
@@ -113,7 +122,7 @@ def collate(rows, chosen, positions):
     }
     cuts = [slice(int(rows.offsets[i]), int(rows.offsets[i + 1])) for i in index]
     batch |= {name: pad_sequence([flat[cut] for cut in cuts], batch_first=True) for name, flat in rows.per_token.items()}  # (R, T)
-    batch |= {name: column[index] for name, column in rows.columns.items()}  # (R,)
+    batch |= {name: column[index] for name, column in rows.columns.items()} | rows.constants  # (R,), 0-d
     if not positions:
         batch = {name: t[:, :2] if t.ndim == 2 else t for name, t in batch.items()}
         masks = {name: torch.zeros_like(batch[name]) for name in ("loss_mask", "score_mask") if name in batch}
@@ -130,11 +139,12 @@ def with_statistics(step, model, algorithm, settings):
     if not getattr(algorithm, "needs_step", lambda _: False)(settings):
         return step
     interleaved, table, kept = algorithm.ROWS == "labelled", None, []
+    wanted = getattr(algorithm, "SUMMARY_OF", ())
     for batch in step.micro_batches:
         seen = every_second(batch, 1) if interleaved else batch
         with torch.no_grad():
-            logps = token_logps(model, seen)["logps"].cpu()  # (R, T)
-        summary = algorithm.summary(logps, seen, settings).double()  # (examples, k)
+            scored = {name: t.cpu() for name, t in token_logps(model, seen, wanted).items()}  # (R, T) each
+        summary = algorithm.summary(scored.pop("logps"), seen | scored, settings).double()  # (examples, k)
         table = torch.zeros(step.examples, summary.shape[1], dtype=torch.float64) if table is None else table
         if "placeholder" not in batch:
             table[batch["positions"]] = summary

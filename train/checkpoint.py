@@ -24,10 +24,11 @@ from train import optim
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save(output_dir, step, model, optimizer, state, keep, reference=None):
+def save(output_dir, step, model, optimizer, state, keep, reference=None, files=None):
     """Write `checkpoint-<step>` from all ranks, then drop all but the newest `keep` (None: keep all).
 
-    state: what state.json records. reference: a second model that training changes (TR-DPO).
+    state: what state.json records. reference: a second model that training changes (TR-DPO). files: {name: function that writes it}, of
+    what all ranks have alike.
     """
     final = Path(output_dir, f"checkpoint-{step}")
     temporary = Path(output_dir, f".tmp-checkpoint-{step}")
@@ -42,10 +43,13 @@ def save(output_dir, step, model, optimizer, state, keep, reference=None):
     entries = [torch.zeros_like(entry) for _ in range(dist.get_world_size())]
     dist.all_gather(entries, entry)
     if rank == 0:
-        files = {
-            f"rank-{r:05d}-of-{len(entries):05d}.safetensors": {"bytes": int(e[0]), "sha256": bytes(e[1:].tolist()).hex()}
-            for r, e in enumerate(entries)
-        }
+        names = [f"rank-{r:05d}-of-{len(entries):05d}.safetensors" for r in range(len(entries))]
+        for extra, put_there in (files or {}).items():
+            put_there(temporary / extra)
+            sync(temporary / extra)
+            names.append(extra)
+            entries.append(entry_of(temporary / extra))
+        files = {name: {"bytes": int(e[0]), "sha256": bytes(e[1:].tolist()).hex()} for name, e in zip(names, entries)}
         text = json.dumps(state | {"step": step, "optimizer_scalars": scalars}, indent=1).encode()
         files["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         put(temporary / "state.json", text)
@@ -98,6 +102,10 @@ def write(path, tensors):
     rows = json.dumps({k: [first, *shape] for k, (_, first, shape) in tensors.items()})
     save_file({k: t for k, (t, _, _) in tensors.items()}, path, metadata={"rows": rows})
     sync(path)
+    return entry_of(path)
+
+
+def entry_of(path):
     return torch.tensor([os.path.getsize(path), *digest(path)])
 
 

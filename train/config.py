@@ -21,12 +21,13 @@ import jsonargparse
 import yaml
 
 from algorithms.dpo import Config as Dpo
+from algorithms.grpo import Config as Grpo
 from algorithms.kto import Config as Kto
 from algorithms.orpo import Config as Orpo
 from algorithms.sft import Config as Sft
 from algorithms.simpo import Config as Simpo
 
-AlgorithmName = Literal["sft", "dpo", "simpo", "kto", "orpo"]
+AlgorithmName = Literal["sft", "dpo", "simpo", "kto", "orpo", "grpo"]
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"  # <algorithm>.yaml there is read when no --config is given
 
@@ -137,8 +138,10 @@ class Data:
     """Renames, TRL's name to the file's: {prompt: question, completion: answer}."""
     chat: bool = False
     """Make a plain prompt and its completions the user's and the assistant's turn of the tokenizer's chat template."""
+    system_prompt: str | None = None
+    """A system message to put before every conversation."""
     max_length: int | None = 1024
-    """Tokens; longer rows are cut at the end and counted. null: never cut."""
+    """Tokens; longer rows are cut at the end and counted, longer prompts of grpo left out and counted. null: no limit."""
     completion_only_loss: bool | None = None
     """Train on the completion alone; null: yes where rows have a prompt and a completion."""
     assistant_only_loss: bool = False
@@ -199,18 +202,40 @@ class Evaluation:
     steps: int = 0
     """Evaluate every this many optimizer steps, and at the end; 0: at the end only."""
     generate: int = 0
-    """This many held-out prompts are answered greedily and compared with the reference; 0: none."""
+    """This many held-out prompts are answered, and compared with the reference or, for grpo, rewarded; 0: none."""
     max_new_tokens: int = 256
     """Longest generated answer, tokens."""
+    num_samples: int = 1
+    """Answers to each prompt, for grpo: the k of pass@k."""
+    temperature: float = 0.0
+    """Of sampling answers, for grpo; 0: the likeliest token each time."""
     answer_pattern: str | None = None
     """Regular expression; its last match (group 1 if it has one), without commas, is compared instead of the whole answer."""
 
     def __post_init__(self):
-        at_least("evaluation", self, steps=0, generate=0, max_new_tokens=1)
+        at_least("evaluation", self, steps=0, generate=0, max_new_tokens=1, num_samples=1, temperature=0)
+        many = self.num_samples > 1 and self.temperature == 0
+        require(not many, "evaluation.num_samples", self.num_samples, "1 at evaluation.temperature 0, where all answers are alike")
         try:
             re.compile(self.answer_pattern or "")
         except re.error as error:
             require(False, "evaluation.answer_pattern", self.answer_pattern, f"a regular expression ({error})")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How GRPO's completions are sampled and judged; what is sampled is in `grpo`."""
+
+    batch_size: int = 256
+    """Completions that one rank decodes at once, and keeps caches for."""
+    reward_seconds: float = 60.0
+    """A reward function that takes longer over a rollout is stopped, and what it made slow gets no reward."""
+    reward_workers: int = 1
+    """Processes per rank that run reward functions."""
+
+    def __post_init__(self):
+        at_least("rollout", self, batch_size=1, reward_workers=1)
+        require(0 < self.reward_seconds < math.inf, "rollout.reward_seconds", self.reward_seconds, "a number above 0")
 
 
 @dataclass(frozen=True)
@@ -252,7 +277,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Reference:
-    """What DPO and KTO compare the policy with."""
+    """What DPO and KTO, and GRPO with a KL term, compare the policy with."""
 
     model_name_or_path: str | None = None
     """Hub name or local folder; null: the policy as it is before its first update."""
@@ -282,6 +307,7 @@ class Config:
     lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    rollout: Rollout = field(default_factory=Rollout)
     fsdp: Fsdp = field(default_factory=Fsdp)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
@@ -291,14 +317,23 @@ class Config:
     simpo: Simpo = field(default_factory=Simpo)
     kto: Kto = field(default_factory=Kto)
     orpo: Orpo = field(default_factory=Orpo)
+    grpo: Grpo = field(default_factory=Grpo)
 
     def __post_init__(self):
         require(self.output_dir, "output_dir", "", "a folder")
         require(self.model.model_name_or_path, "model.model_name_or_path", "", "a hub name, a local folder or builtin:tiny")
         require(self.data.train, "data.train", "", "a file, a hub dataset or builtin:letters")
+        has_reference = self.algorithm in ("dpo", "kto") or (self.algorithm == "grpo" and self.grpo.beta > 0)
         for name, value in asdict(self.reference).items():
-            used = self.algorithm in ("dpo", "kto") or value == getattr(Reference(), name)
-            require(used, f"reference.{name}", value, f"nothing, as {self.algorithm} has no reference; leave it out")
+            used = has_reference or value == getattr(Reference(), name)
+            cure = "set grpo.beta" if self.algorithm == "grpo" else "leave it out"
+            require(used, f"reference.{name}", value, f"nothing, as this {self.algorithm} has no reference; {cure}")
+        for name, value in asdict(self.rollout).items():
+            used = self.algorithm == "grpo" or value == getattr(Rollout(), name)
+            require(used, f"rollout.{name}", value, f"nothing, as {self.algorithm} samples nothing; leave it out")
+        if self.algorithm == "grpo":
+            whole, size = self.train.global_batch_size % self.grpo.num_generations == 0, self.train.global_batch_size
+            require(whole, "train.global_batch_size", size, f"a multiple of grpo.num_generations, {self.grpo.num_generations}")
         self.check_lora()
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)

@@ -65,6 +65,8 @@ class Rows:
     report: dict  # what was kept, truncated, dropped and why; JSON-able
     fingerprint: str  # sha256 over all tensors above: changes if and only if what is trained on changes
     per_token: dict[str, Tensor] = field(default_factory=dict)  # (N,) each, computed later: ref_logps, score_mask
+    constants: dict[str, Tensor] = field(default_factory=dict)  # 0-d each, the same for all rows: temperature
+    examples: list[dict] = field(default_factory=list)  # of prompts: the rows as they were read, for the reward functions
 
     def __len__(self) -> int:
         """Number of examples: rows, or pairs of them."""
@@ -82,13 +84,21 @@ class Rows:
         cut = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         return self.input_ids[cut].long(), self.loss_mask[cut]
 
+    @classmethod
+    def of(cls, input_ids: Tensor, loss_mask: Tensor, offsets: Tensor, columns: dict[str, Tensor]) -> "Rows":
+        """Rows that no file was read for."""
+        fingerprint = _fingerprint(_tensors(input_ids, loss_mask, offsets, columns), 1)
+        return cls(input_ids, loss_mask, offsets, 1, columns, {}, fingerprint)
+
     def save(self, path: str | Path) -> None:
         """One safetensors file, whole or not there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # process numbers repeat across hosts
         head = {"report": json.dumps(self.report), "per_example": str(self.rows_per_example), "fingerprint": self.fingerprint}
-        save_file(_tensors(self.input_ids, self.loss_mask, self.offsets, self.columns), temporary, metadata=head)
+        later = {f"per_token.{name}": t for name, t in self.per_token.items()} | {f"constants.{n}": t for n, t in self.constants.items()}
+        main = _tensors(self.input_ids, self.loss_mask, self.offsets, self.columns, self.examples)
+        save_file(main | later, temporary, metadata=head)
         os.replace(temporary, path)
 
     @classmethod
@@ -99,15 +109,22 @@ class Rows:
         if not head.keys() >= {"report", "per_example", "fingerprint"}:
             raise ValueError(f"{path}: not a file of prepared rows (its metadata has {', '.join(head) or 'nothing'}); delete it")
         per_example, fingerprint = int(head["per_example"]), head["fingerprint"]
+
+        def group(prefix):
+            return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+        later, constants = group("per_token."), group("constants.")
         if _fingerprint(tensors, per_example) != fingerprint:
             raise ValueError(f"{path}: the tensors do not match their fingerprint, the file is damaged; delete it")
         main = [tensors.pop(name) for name in ("input_ids", "loss_mask", "offsets")]
-        columns = {name.removeprefix("columns."): tensor for name, tensor in tensors.items()}
-        return cls(*main, per_example, columns, json.loads(head["report"]), fingerprint)
+        examples = json.loads(bytes(tensors.pop("examples", torch.tensor([91, 93])).tolist()))  # else []
+        return cls(*main, per_example, group("columns."), json.loads(head["report"]), fingerprint, later, constants, examples)
 
 
-def _tensors(input_ids: Tensor, loss_mask: Tensor, offsets: Tensor, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(input_ids: Tensor, loss_mask: Tensor, offsets: Tensor, columns: dict[str, Tensor], examples=()) -> dict[str, Tensor]:
     extras = {f"columns.{name}": tensor for name, tensor in columns.items()}
+    if examples:
+        extras["examples"] = torch.frombuffer(bytearray(json.dumps(examples).encode()), dtype=torch.uint8)
     return {"input_ids": input_ids, "loss_mask": loss_mask, "offsets": offsets, **extras}
 
 
@@ -152,7 +169,7 @@ def _form(row: dict, kind: "Kind", cfg: config.Data, tokenizer) -> Form:
         raise ValueError(f"data.assistant_only_loss: true needs a fast tokenizer (got {type(tokenizer).__name__} of {name!r})")
     if kind.read is not completions and (cfg.completion_only_loss is False or cfg.assistant_only_loss):
         name = "assistant_only_loss" if cfg.assistant_only_loss else "completion_only_loss"
-        raise ValueError(f"data.{name}: preferences are learned from whole completions; leave it out")
+        raise ValueError(f"data.{name}: preferences and rewards are learned from whole completions; leave it out")
     if kind.read is completions and cfg.completion_only_loss and "completion" not in columns:
         raise ValueError(f"data.completion_only_loss: true needs prompt and completion (got {columns[0]}); set it to null")
     return Form(columns, chat)
@@ -202,6 +219,24 @@ def labelled(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[list[T
     if row.get("label") not in (True, False):  # also 0 and 1; null and NaN are neither
         raise BadRow("label is not true or false", short(row.get("label")), "true or false in label")
     return texts, {"desirable": bool(row["label"])}
+
+
+def prompts(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[list[Text], dict]:
+    """A prompt that is to be answered; the other columns are for the reward functions."""
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list if form.conversational else str):
+        raise BadRow("not a list of messages" if form.conversational else "not a string", f"{short(prompt)} in prompt", "as the first row")
+    if not (prompt if form.conversational else prompt.strip()):
+        raise BadRow("empty prompt", repr(prompt), "some text")
+    try:
+        json.dumps(row)
+    except (TypeError, ValueError) as error:
+        raise BadRow("not JSON", str(error), "columns of text, numbers, lists and objects") from error
+    if not form.conversational:
+        return [Text(prompt)], {}
+    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return [Text(tokenizer.apply_chat_template(_messages(prompt), tools=tools, tokenize=False, add_generation_prompt=True, **options))], {}
 
 
 def explicit(row: dict) -> dict:
@@ -265,9 +300,20 @@ def _chat(row: dict, messages: list, prompt_turns: int, cfg: config.Data, tokeni
 TURNS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
 
 
-def as_chat(row: dict) -> dict:
+def as_chat(row: dict, turns: dict[str, str] = TURNS) -> dict:
     """The row with each plain prompt and answer as one turn of a conversation."""
-    return row | {k: [{"role": role, "content": row[k]}] for k, role in TURNS.items() if isinstance(row.get(k), str)}
+    return row | {k: [{"role": role, "content": row[k]}] for k, role in turns.items() if isinstance(row.get(k), str)}
+
+
+def with_system(row: dict, text: str) -> dict:
+    """The row with a system message before all others."""
+    names = next((names for names in (("prompt",), ("messages",), ("chosen", "rejected")) if names[0] in row), ())
+    for name in names:
+        if not isinstance(row[name], list):
+            raise BadRow("not a conversation", f"{short(row[name])} in {name}", "messages for data.system_prompt", "set data.chat: true")
+        if any(isinstance(message, dict) and message.get("role") == "system" for message in row[name]):
+            raise BadRow("two system messages", f"data.system_prompt and one in {name}", "one of them")
+    return row | {name: [{"role": "system", "content": text}, *row[name]] for name in names}
 
 
 def _messages(messages: list) -> list[dict]:
@@ -327,6 +373,7 @@ KINDS = {
     "completions": Kind((("prompt", "completion"), ("messages",), ("text",), ("conversations",)), 1, completions),
     "pairs": Kind((("prompt", "chosen", "rejected"), ("chosen", "rejected")), 2, preferences),
     "labelled": Kind((("prompt", "completion", "label"),), 1, labelled, unpaired),
+    "prompts": Kind((("prompt",),), 1, prompts),
 }
 
 
@@ -335,6 +382,7 @@ class _Store:
 
     def __init__(self):
         self.ids, self.mask, self.offsets, self.columns = array("i"), bytearray(), array("q", [0]), {}
+        self.examples = []
         self.count = Counter(kept=0, truncated=0, bos_doubled=0, boundary_moved=0)
         self.dropped, self.first = Counter(), {}
 
@@ -353,9 +401,11 @@ def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str) -> 
         try:
             if isinstance(row, BadRow):
                 raise row
-            for one in plan.expand(as_chat(row) if cfg.chat else row):
+            row = as_chat(row, {"prompt": "user"} if kind == "prompts" else TURNS) if cfg.chat else row
+            row = with_system(row, cfg.system_prompt) if cfg.system_prompt else row
+            for one in plan.expand(row):
                 form = form or _form(one, plan, cfg, tokenizer)
-                pending.append((where, *plan.read(one, form, cfg, tokenizer)))
+                pending.append((where, *plan.read(one, form, cfg, tokenizer), one if kind == "prompts" else None))
         except BadRow as bad:
             if cfg.on_bad_row == "error":
                 raise ValueError(f"{where}: {bad}") from bad
@@ -372,19 +422,25 @@ def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str) -> 
 
 def _tokenise(examples: list, store: _Store, form: Form, cfg: config.Data, tokenizer) -> None:
     """Appends the examples to `store`, or counts why not. One call of the tokenizer for the texts, one for the prompts."""
-    texts = [text for _, own, _ in examples for text in own]
+    texts = [text for _, own, _, _ in examples for text in own]
     options = {"add_special_tokens": not form.conversational, "return_attention_mask": False, "verbose": False}
     encoded = tokenizer([text.full for text in texts], return_offsets_mapping=cfg.assistant_only_loss, **options)
     prompts = [text.prompt for text in texts if text.prompt is not None]
     prompts = iter(tokenizer(prompts, **options)["input_ids"] if prompts else ())
     encoded = zip(encoded["input_ids"], encoded["offset_mapping"] if cfg.assistant_only_loss else repeat(()))
-    for where, own, extras in examples:
+    for where, own, extras, raw in examples:
         ids, places = zip(*islice(encoded, len(own)))
         heads = [(next(prompts), full) for text, full in zip(own, ids) if text.prompt is not None]
         shared = [_common_prefix(head, full) for head, full in heads]
         start = min(shared, default=0)  # the rows of a pair have one prompt
         masks = [_mask(text, full, place, start) for text, full, place in zip(own, ids, places)]
-        if not all(mask[: cfg.max_length].any() for mask in masks):
+        if raw is not None:  # a prompt: nothing of it is trained, and it is never cut
+            if cfg.max_length is not None and len(ids[0]) > cfg.max_length:
+                store.drop(where, "prompt longer than max_length", f"got {len(ids[0])} tokens, data.max_length {cfg.max_length}")
+                continue
+            masks = [np.zeros(len(ids[0]), dtype=bool)]
+            store.examples.append(raw)
+        elif not all(mask[: cfg.max_length].any() for mask in masks):
             reason = "prompt fills max_length" if all(mask.any() for mask in masks) else "no token to train on"
             store.drop(where, reason, f"{reason} (got {max(map(len, ids))} tokens, max_length {cfg.max_length})")
             continue
@@ -432,7 +488,7 @@ def _rows(source: str, split: str, form: Form | None, plan: Kind, store: _Store,
     warnings = {
         f"{count['bos_doubled']} rows begin with {bos} twice: the text has one and the tokenizer adds one": count["bos_doubled"],
         f"{count['boundary_moved']} {moved} tokens are trained on": count["boundary_moved"],
-        f"no row trains {eos}: unless turns end with another token, the model will not learn to stop": not trained_eos,
+        f"no row trains {eos}: unless turns end with another token, the model will not learn to stop": not (trained_eos or store.examples),
     }
     report = {
         "source": source,
@@ -448,8 +504,8 @@ def _rows(source: str, split: str, form: Form | None, plan: Kind, store: _Store,
         "max_token_id": int(ids.max()),
         "warnings": [text for text, wanted in warnings.items() if wanted],
     }
-    fingerprint = _fingerprint(_tensors(ids, mask, offsets, columns), plan.rows_per_example)
-    return Rows(ids, mask, offsets, plan.rows_per_example, columns, report, fingerprint)
+    fingerprint = _fingerprint(_tensors(ids, mask, offsets, columns, store.examples), plan.rows_per_example)
+    return Rows(ids, mask, offsets, plan.rows_per_example, columns, report, fingerprint, examples=store.examples)
 
 
 def scoring_prompts(rows: Rows) -> Rows:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SHOWN = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "tokens_per_second")
+SHOWN = ("loss", "reward", "completions/mean_length", "grad_norm", "learning_rate", "mean_token_accuracy", "tokens_per_second")
 
 
 def say(text=""):

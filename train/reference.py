@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from models import attention, load, sharding
+from models import attention, load, lora, sharding
 from models.logprobs import token_logps
 from train.batches import micro_batches
 from train.log import say
@@ -118,15 +119,33 @@ def score(model, rows, chosen, dealt):
     return out
 
 
-class AdapterCopy:
-    """A reference that follows a policy of adapters: a copy of them, over the policy's own base.
+def live_model(cfg, policy, folder, device):
+    """The reference that scores rows during training: a model, or what makes one of a policy with adapters for as long as it scores."""
+    if cfg.lora.r is None or cfg.reference.model_name_or_path:
+        return build(cfg, folder, device).requires_grad_(False).eval()
+    fixed = not cfg.reference.sync_ref_model and not cfg.lora.adapter_name_or_path
+    return AdaptersOff(policy) if fixed else AdapterCopy(policy)
+
+
+class AdaptersOff:
+    """The base of a policy: what it was before its first update."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def scoring(self):
+        return lora.adapters_off(self.policy)
+
+
+class AdapterCopy(AdaptersOff):
+    """A copy of a policy's adapters over its own base, as a reference that may follow it.
 
     Mixing adapters is not mixing weights: where the update's share of the policy is below 1, B and A are averaged apart.
     """
 
     def __init__(self, policy):
-        self.policy = policy
-        self.copies = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+        super().__init__(policy)
+        self.copies = {name: p.detach().clone() for name, p in lora.trained(policy).items()}
 
     def named_parameters(self):
         return self.copies.items()
@@ -134,29 +153,28 @@ class AdapterCopy:
     def parameters(self):
         return self.copies.values()
 
+    @contextmanager
+    def scoring(self):
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
     @torch.no_grad()
     def swap(self):
-        """The policy gets the copies, and the copies the policy's values."""
-        for theirs, ours in zip(self.parameters(), trained(self.policy)):
+        for theirs, ours in zip(self.parameters(), lora.trained(self.policy).values()):
             values = ours.to_local().clone()
             ours.to_local().copy_(theirs.to_local())
             theirs.to_local().copy_(values)
 
 
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def live(step, reference):
-    """The step with `ref_logps` by a reference that changes during training."""
-    copy = isinstance(reference, AdapterCopy)
-    if copy:
-        reference.swap()
-    model = reference.policy if copy else reference
-    step = step._replace(micro_batches=[batch | {"ref_logps": token_logps_of(model, batch)} for batch in step.micro_batches])
-    if copy:
-        reference.swap()
-    return step
+    """The step with `ref_logps` by a reference that changes during training, or scores what is sampled in it."""
+    borrowed = isinstance(reference, AdaptersOff)
+    model = reference.policy if borrowed else reference
+    with reference.scoring() if borrowed else nullcontext():
+        return step._replace(micro_batches=[batch | {"ref_logps": token_logps_of(model, batch)} for batch in step.micro_batches])
 
 
 @torch.no_grad()
@@ -167,5 +185,5 @@ def token_logps_of(model, batch):
 @torch.no_grad()
 def follow(reference, policy, mixup):
     """TR-DPO's update of the reference, reference <- mixup * policy + (1 - mixup) * reference, slice by slice on each rank."""
-    for theirs, ours in zip(reference.parameters(), trained(policy)):
+    for theirs, ours in zip(reference.parameters(), (p for p in policy.parameters() if p.requires_grad)):
         theirs.to_local().lerp_(ours.to_local(), mixup)

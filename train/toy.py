@@ -85,7 +85,7 @@ def dataset(name, split):
             prompt, answer = [{"role": "user", "content": f"{task}: {word}"}], TASKS[task](word)
             plain, capitals = ([{"role": "assistant", "content": text}] for text in (answer, answer.upper()))
             answers = {"completion": plain} if name == "letters" else {"chosen": capitals, "rejected": plain}
-            rows.append({"prompt": prompt, **answers})
+            rows.append({"prompt": prompt, **answers, "answer": answer})
     return splits[split]
 
 

@@ -35,8 +35,8 @@ UNCHECKED = {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {
 ROW_BY_ROW = UNCHECKED | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
 
 
-def make_model(folder):
-    """A Llama of 8 million random weights, a quarter of them the tied head, as in SmolLM2-135M; its tokens are words."""
+def make_model(folder, layers=8):
+    """A Llama of random weights, 8 million in 8 layers, a quarter of them the tied head, as in SmolLM2-135M; its tokens are words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -50,7 +50,7 @@ def make_model(folder):
     special = {"eos_token": words[0], "pad_token": words[2], "unk_token": words[3], "additional_special_tokens": words[1:2]}
     PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHATML, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8}
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
     ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 2}
     LlamaForCausalLM(LlamaConfig(**shape, **heads, **ids, tie_word_embeddings=True)).save_pretrained(folder)
@@ -71,36 +71,46 @@ def make_rows(path, count):
             f.write(json.dumps({"messages": messages}) + "\n")
 
 
+def make_clock():
+    """A callback for TRL's trainers: `logs`, what was logged of each step, and `seconds()`, how long each took."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.ends, self.logs = [], []
+
+        def on_train_begin(self, *_, **__):
+            self.ends.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs, **_):
+            self.logs += [logs] if "loss" in logs else []
+
+        def seconds(self):
+            return [b - a for a, b in pairwise(self.ends)]
+
+    return Clock()
+
+
 def trl_side(job):
     """Train with TRL in this process, as `job` says; writes its numbers to job["result"]."""
     import datasets
     import torch
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    cuda, ends, seen = torch.cuda.is_available(), [], []
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            ends.append(time.perf_counter())
-
-        def on_step_end(self, *_, **__):
-            if cuda:
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-
-        def on_log(self, args, state, control, logs, **_):
-            if "loss" in logs:
-                seen.append((logs["loss"], logs["num_tokens"]))
-
+    cuda, clock = torch.cuda.is_available(), make_clock()
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     common = {"output_dir": job["output_dir"], "max_steps": job["steps"], "use_cpu": not cuda, "bf16": cuda}
     config = SFTConfig(**quiet, **common, **job["settings"])
     rows = datasets.Dataset.from_json(job["data"], cache_dir=job["output_dir"])
-    SFTTrainer(job["model"], config, train_dataset=rows, callbacks=[Clock()]).train()
-    losses, totals = zip(*seen)
-    result = {"losses": losses, "tokens": [b - a for a, b in zip((0, *totals), totals)]}
-    result["seconds"] = [b - a for a, b in pairwise(ends)]
+    SFTTrainer(job["model"], config, train_dataset=rows, callbacks=[clock]).train()
+    losses, totals = ([entry[name] for entry in clock.logs] for name in ("loss", "num_tokens"))
+    result = {"losses": losses, "tokens": [b - a for a, b in zip((0, *totals), totals)], "seconds": clock.seconds()}
     result["device_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     Path(job["result"]).write_text(json.dumps(result))
 

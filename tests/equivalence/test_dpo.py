@@ -3,65 +3,98 @@
 The other preference tests of this folder take their helpers from here.
 """
 
+import gc
 import json
 import random
+import re
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from algorithms import dpo
-from train import toy
+from models import load
+from train import batches, config, loop, optim, reference, toy
 
-PROMPTS = [3, 1, 5, 2, 4, 1, 3]  # tokens of each pair's prompt
-CHOSEN = [4, 9, 2, 12, 6, 1, 7]  # tokens of its responses: longer, shorter and of equal length
-REJECTED = [7, 3, 2, 5, 11, 8, 7]
+ROWS = {  # tokens of each pair's prompt, of its chosen and of its rejected response: longer, shorter and of equal length
+    "short": ([3, 1, 5, 2, 4, 1, 3], [4, 9, 2, 12, 6, 1, 7], [7, 3, 2, 5, 11, 8, 7]),
+    "one token and very long": ([3, 1, 5, 2], [1, 2000, 6, 1], [2000, 1, 1, 9]),
+}
 
 EVERY = [{"loss_type": [name], "label_smoothing": 0.2 if name == "exo_pair" else 0.0} for name in dpo.LOSSES if name != "dpop"]
 SMOOTHED = [{"loss_type": [name], "label_smoothing": 0.1} for name in ("robust", "exo_pair", "aot", "aot_unpaired")]
-DIVERGENCES = [
-    settings | {"f_divergence_type": name} | ({"f_alpha_divergence_coef": alpha} if alpha else {})
-    for settings in EVERY
-    if set(settings["loss_type"]) <= dpo.ANY_DIVERGENCE
-    for name, alpha in (("forward_kl", None), ("js_divergence", None), ("alpha_divergence", 0.5), ("alpha_divergence", 1.7))
-]
-LIMITS = [  # alpha 1 is reverse_kl; at alpha 60 some exponents exceed 80
-    {"loss_type": ["sigmoid"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha} for alpha in (1.0, 1 + 1e-7, 60.0)
+DIVERGENT = [settings for settings in EVERY if set(settings["loss_type"]) <= dpo.ANY_DIVERGENCE]
+DIVERGENCES = {name: [settings | {"f_divergence_type": name} for settings in DIVERGENT] for name in ("forward_kl", "js_divergence")}
+ALPHAS = [
+    settings | {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": alpha}
+    # alpha 1 is reverse_kl; at alpha 60 some exponents exceed 80
+    for settings, alphas in [(DIVERGENT[0], (1.0, 1 + 1e-7, 60.0)), *((settings, (1.7, 0.5)) for settings in DIVERGENT)]
+    for alpha in alphas
 ]
 LENGTHS = [settings | {"ld_alpha": alpha} for settings in EVERY for alpha in (0.0, 0.5)]
 WEIGHTED = [  # not hinge and sft, where TRL's multiplication in place breaks autograd
     settings | {"use_weighting": True} for settings in EVERY if not set(settings["loss_type"]) & {*dpo.SORTED, "hinge", "sft"}
 ]
 SUMS = [
-    {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},  # MPO
     {"loss_type": ["robust", "aot", "hinge"], "label_smoothing": 0.1, "ld_alpha": 0.5},
     {"loss_type": ["apo_down", "ipo"], "loss_weights": [0.3, 2.0], "use_weighting": True, "ld_alpha": 0.5},
+    {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},  # MPO
 ]
-VARIANTS = EVERY + SMOOTHED + DIVERGENCES + LIMITS + LENGTHS + WEIGHTED + SUMS
+VARIANTS = {  # name -> (what it is in TRL, settings of it)
+    **{settings["loss_type"][0]: (f"loss_type {settings['loss_type'][0]}", [settings]) for settings in EVERY},
+    "label smoothing": ("label_smoothing", SMOOTHED),
+    **{name: (f"f_divergence_type {name}", several) for name, several in (DIVERGENCES | {"alpha_divergence": ALPHAS}).items()},
+    "LD-DPO": ("ld_alpha", LENGTHS),
+    "WPO": ("use_weighting", WEIGHTED),
+    "sums (MPO)": ("several loss_types, loss_weights", SUMS),
+}
 
 
-def named(settings):
-    """A variant's test id."""
-    parts = [(k, "+".join(map(str, v)) if isinstance(v, list) else v) for k, v in settings.items()]
+def every(variants):
+    """The settings of all variants."""
+    return [settings for _, several in variants.values() for settings in several]
+
+
+def named(value):
+    """Part of a test's id: of a variant its settings."""
+    if not isinstance(value, dict):
+        return str(value)
+    parts = [(k, "+".join(map(str, v)) if isinstance(v, list) else v) for k, v in value.items()]
     return "-".join(f"{v}" if k == "loss_type" else f"{k}={v}" for k, v in parts)
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=named)
-def test_loss_equals_trl(settings):
-    cfg = dpo.Config(beta=0.5, **settings)
-    logps, batch = micro_batch(PROMPTS, CHOSEN, REJECTED)
-    loss, gradient, metrics = with_gradient(ours, logps, batch, cfg)
-    expected, expected_gradient, expected_metrics = with_gradient(theirs, logps, batch, cfg)
-    assert difference(loss, expected) < 1e-6
-    assert difference(gradient, expected_gradient) < 1e-6
-    assert float(expected_gradient.norm()) > 0
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("settings", every(VARIANTS), ids=named)
+def test_loss_equals_trl(settings, rows):
+    (*mine, metrics), (*expected, expected_metrics) = both(settings, ROWS[rows])
+    assert all(d < 1e-6 for d in deviations(mine, expected))
+    assert float(expected[1].norm()) > 0
     assert metrics.keys() == expected_metrics.keys()
     assert_same_metrics(metrics, expected_metrics)
+
+
+def test_no_loss_of_trl_is_missing():
+    for name in ("loss_type", "f_divergence_type"):
+        values = [settings.get(name, "reverse_kl") for settings in every(VARIANTS)]
+        ours = {v for value in values for v in ([value] if isinstance(value, str) else value)}
+        theirs = set(re.findall(r"\w+", re.search(r"values are: (.*?)\. ", fields_of(DPOConfig)[name].metadata["help"])[1])) - {"default"}
+        assert ours == theirs, name
+
+
+def fields_of(config):
+    return {field.name: field for field in fields(config)}
+
+
+def both(settings, rows):
+    """(loss, gradient in the log-probs, metrics) of ours, and of TRL's."""
+    cfg = dpo.Config(beta=0.5, **settings)
+    return (with_gradient(side, *micro_batch(*rows), cfg) for side in (ours, theirs))
 
 
 def ours(logps, batch, cfg):
@@ -90,7 +123,8 @@ def theirs(logps, batch, cfg):
 def micro_batch(prompts, *completions, seed=0):
     """(logps, batch) of rows that take turns, one of each list of completion lengths; (R, T) float32 with a first token to spare.
 
-    Where nothing is trained stands noise, which no loss may read. All are multiples of 1/1024, whose sums are exact in any order.
+    Where nothing is trained stands noise, which no loss may read. All are multiples of 1/1024, whose sums are exact in any order. The
+    reference differs in the first tokens of a response alone, so that the log-ratios of a long one are of ordinary size.
     """
     completions = torch.tensor(completions).T.flatten()  # (R,)
     starts = torch.tensor(prompts).repeat_interleave(len(completions) // len(prompts))  # (R,)
@@ -106,7 +140,7 @@ def micro_batch(prompts, *completions, seed=0):
         "input_ids": torch.randint(3, 100, real.shape, generator=stream),
         "attention_mask": real,
         "loss_mask": real & (t >= starts[:, None]),
-        "ref_logps": logps + noise(-1, 1),
+        "ref_logps": logps + noise(-1, 1) * (t < starts[:, None] + 12),
         "entropy": noise(0, 4),
         "is_top1": (noise(0, 1) < 0.5).float(),
         "mean_logits": noise(-3, 3),
@@ -129,7 +163,7 @@ def fused_model(logps, batch, arrange=lambda x: x):
     """A model whose output is what TRL's fused head makes of the batch: 0 where nothing is trained."""
     mask = batch["loss_mask"]
     values = {"log_probs": logps, "log_sum_sq_probs": batch["log_sum_sq"], "entropy": batch["entropy"], "mean_logits": batch["mean_logits"]}
-    output = {name: predicted(arrange(value * mask)) for name, value in values.items()}
+    output = {name: predicted(arrange(value * mask)) for name, value in values.items()} | {"label_mask": predicted(arrange(mask))}
     output["is_top1"] = predicted(arrange(batch["is_top1"] * mask)).bool()
     return lambda **_: SimpleNamespace(**output)
 
@@ -142,7 +176,7 @@ def stub(trainer, **attributes):
     model.is_gradient_checkpointing = False
     vars(made).update(
         model=model,
-        accelerator=SimpleNamespace(device=torch.device("cpu"), **gathers),
+        accelerator=SimpleNamespace(device=torch.device("cpu"), num_processes=1, parallelism_config=None, **gathers),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -173,13 +207,18 @@ def assert_same_metrics(ours, expected):
         assert float(ours[name]) == pytest.approx(value, rel=0, abs=1e-6 * abs(scale)), name
 
 
+def deviations(ours, expected):
+    """Of loss and gradient: largest difference, relative to the largest expected value."""
+    return [difference(*values) for values in zip(ours[:2], expected[:2], strict=True)]
+
+
 def difference(ours, expected):
     """Largest difference, relative to the largest expected value."""
-    assert ours.shape == expected.shape and ours.dtype == expected.dtype == torch.float32
+    assert ours.shape == expected.shape and ours.dtype == expected.dtype == torch.float32 and expected.isfinite().all()
     return float((ours - expected).abs().max() / expected.abs().max())
 
 
-# ---- a whole run -------------------------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------------------------
 
 STEPS = 5
 BATCH = 8  # pairs of a step
@@ -202,13 +241,7 @@ PLAIN = {  # what TRL does otherwise by default
 def test_run_equals_trl(model_folder, train_here, tmp_path):
     """The same model, file and seed: losses, gradient norms and metrics of five steps, over an epoch's end. Ours splits its steps."""
     folder, file = model_folder("llama"), write(tmp_path, pairs(21))  # two full steps and a short one make an epoch
-    args = DPOConfig(
-        *(str(tmp_path / "trl"),), per_device_train_batch_size=BATCH, max_length=MAX_LENGTH, loss_type="sigmoid", **OPTIMIZER, **PLAIN
-    )
-    rows = Dataset.from_json(file, cache_dir=str(tmp_path))
-    trainer = DPOTrainer(model=folder, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(folder))
-    trainer.train()
-    expected = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    expected, _, weights = train_trl(DPOTrainer, DPOConfig, folder, pairs(21), tmp_path, per_device_train_batch_size=BATCH)
     settings = {
         "algorithm": "dpo",
         "output_dir": str(tmp_path / "ours"),
@@ -221,19 +254,96 @@ def test_run_equals_trl(model_folder, train_here, tmp_path):
     }
     ours = train_here(settings | {f"train.{name}": value for name, value in OPTIMIZER.items()})
     assert_same_steps(ours, expected)
+    assert_same_weights(load_file(tmp_path / "ours" / "final" / "model.safetensors"), weights)
     assert ours[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert all(row["grad_norm"] > 0.1 for row in ours), "clipping is not part of the comparison"
     assert [row["num_tokens"] for row in ours] == [row["num_tokens"] for row in expected]
 
 
-def assert_same_steps(ours, expected, absent=()):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_run_of_every_variant_equals_trl(name, model_folder, one_rank, tmp_path):
+    """TRL chooses the rows; ours trains on its ids and masks, each step in two micro-batches."""
+    settings, folder = VARIANTS[name][1][-1], model_folder("llama")
+    expected, inputs, weights = train_trl(DPOTrainer, DPOConfig, folder, pairs(15), tmp_path, per_device_train_batch_size=3, **settings)
+    metrics, final = train_on([as_step(batch) for batch in inputs], dpo, dpo.Config(**settings), folder, one_rank)
+    assert_same_steps(metrics, expected, tolerance=1e-4 if name == "discopop" else 1e-5)  # 1 / tau multiplies what rounding does by 20
+    assert_same_weights(final, weights)
+
+
+def as_step(inputs):
+    """TRL's batch as a step of two micro-batches of alternating rows."""
+    names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "loss_mask": "completion_mask"}
+    batch = {ours: torch.stack(inputs[theirs].chunk(2), 1).flatten(0, 1) for ours, theirs in names.items()}  # (2P, T)
+    return cut(batch | {name: batch[name].bool() for name in ("attention_mask", "loss_mask")})
+
+
+def cut(batch):
+    """A batch of pairs as a step of two micro-batches."""
+    count = len(batch["input_ids"]) // 2
+    parts = [range(1), range(1, count)]
+    micro = [{k: x[2 * part.start : 2 * part.stop] for k, x in batch.items()} | {"positions": torch.tensor(part)} for part in parts]
+    return batches.Step(micro, count, {})
+
+
+def train_trl(trainer, arguments, folder, rows, output_dir, **settings):
+    """TRL's run of five steps: what it logged of each, its batches, its last weights."""
+    inputs = []
+
+    class Recorded(trainer):
+        def training_step(self, model, batch, *args):
+            inputs.append(dict(batch))
+            return super().training_step(model, batch, *args)
+
+    made = Recorded(
+        model=folder,
+        args=arguments(str(output_dir / "trl"), max_length=MAX_LENGTH, **OPTIMIZER | PLAIN | settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )
+    gc.freeze()  # accelerate collects garbage at both ends, half a second each if that looks at all modules
+    made.train()
+    gc.unfreeze()
+    return [entry for entry in made.state.log_history if "grad_norm" in entry], inputs, made.model.state_dict()
+
+
+def train_on(steps, algorithm, settings, folder, device):
+    """Metrics of the loop's steps on given micro-batches, with the initial model as a live reference, and the last weights."""
+    train = config.Train(**{name: value for name, value in OPTIMIZER.items() if name != "max_grad_norm"})
+    model, initial = (load.build(config.Model(folder), folder, config.Fsdp(), device, 0) for _ in range(2))
+    seen = []
+
+    def source():
+        for step in steps:
+            step = reference.live(step, initial) if algorithm.REFERENCE else step
+            yield batches.with_statistics(step, model, algorithm, settings)
+
+    optimizer, rate = optim.make_optimizer(model, train), lambda step: optim.learning_rate(train, len(steps), step)
+    loop.train(
+        *(model, algorithm, settings, source(), optimizer, rate, 1, len(steps)),
+        num_tokens=0,
+        max_grad_norm=OPTIMIZER["max_grad_norm"],
+        stopping=lambda: False,
+        check=lambda *_: None,
+        report=lambda step, metrics, _: seen.append(metrics),
+    )
+    return seen, {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+
+
+def assert_same_weights(ours, expected):
+    """AdamW's last weights to a hundredth of a step."""
+    assert ours and ours.keys() <= expected.keys()
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_steps(ours, expected, absent=(), tolerance=1e-5):
     """Every number that TRL logged of each step, but for the names in `absent`."""
     names = expected[0].keys() - {"epoch", "step", "num_tokens", *absent}
     assert len(ours) == len(expected) and len(names) > 8
     for step, (mine, other) in enumerate(zip(ours, expected), 1):
         for name in names:
             near_zero = 5e-6 if name.startswith(DIFFERENCES) else 0.0
-            assert mine[name] == pytest.approx(other[name], rel=1e-6, abs=near_zero), f"{name} of step {step}"
+            assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=near_zero), f"{name} of step {step}"
 
 
 def pairs(count):

@@ -1,57 +1,74 @@
-"""KTO against TRL's KTOTrainer: losses, gradients and metrics on one batch; then a run on the batches that TRL trained on."""
+"""KTO against TRL's KTOTrainer: losses, gradients and metrics on one batch; then whole runs."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from test_dpo import (
-    OPTIMIZER,
-    PLAIN,
     assert_same_metrics,
     assert_same_steps,
-    difference,
+    assert_same_weights,
+    deviations,
+    every,
+    fields_of,
     fused_model,
     logged,
     micro_batch,
+    named,
     pairs,
     stub,
+    train_on,
+    train_trl,
     with_gradient,
 )
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer
 from trl import KTOConfig, KTOTrainer
 
 from algorithms import kto
-from models import load
-from train import batches, config, loop, optim, reference
+from train import batches
 
-PROMPTS, COMPLETIONS = [3, 1, 5, 2, 4, 1, 3], [4, 9, 2, 12, 6, 1, 7]  # tokens of each row
+ROWS = {  # tokens of each row's prompt and response
+    "short": ([3, 1, 5, 2, 4, 1, 3], [4, 9, 2, 12, 6, 1, 7]),
+    "one token and very long": ([3, 1, 5, 2, 4, 1, 3], [1, 2000, 6, 1, 3, 2000, 1]),
+}
 LABELS = {"mixed": [1, 0, 0, 1, 1, 0, 1], "good": [1] * 7, "bad": [0] * 7}
+WEIGHTS = [{}, {"desirable_weight": 1.33, "undesirable_weight": 0.5}]
+VARIANTS = {  # name -> (what it is in TRL, settings of it)
+    name: (f"loss_type {name}", [{"loss_type": name, "beta": 0.3} | weights for weights in WEIGHTS])
+    for name in ("kto", "apo_zero_unpaired")
+}
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.33, 0.5)])
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shift", [1.5, -1.5])  # of the mismatched rows' log-ratios: the baseline is positive, or held at 0
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-def test_loss_equals_trl(loss_type, labels, shift, weights):
+@pytest.mark.parametrize("settings", every(VARIANTS), ids=named)
+def test_loss_equals_trl(settings, labels, shift, rows):
     """Where a side has no row, TRL leaves out its metrics and the margin; ours are 0, and the other side's reward."""
-    cfg = kto.Config(loss_type=loss_type, beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1])
-    logps, batch = micro_batch(PROMPTS, COMPLETIONS)
-    batch["desirable"] = torch.tensor(LABELS[labels]).bool()
-    mismatched = micro_batch(PROMPTS, COMPLETIONS[::-1], seed=1)
-    mismatched[1]["ref_logps"] = (mismatched[1]["ref_logps"] - shift / 4).where(mismatched[1]["loss_mask"], 0)
-    loss, gradient, metrics = with_gradient(ours, logps, batch, mismatched, cfg)
-    expected, expected_gradient, expected_metrics = with_gradient(theirs, logps, batch, mismatched, cfg)
-    assert difference(loss, expected) < 1e-6
-    assert difference(gradient, expected_gradient) < 1e-6
-    baseline = expected_metrics["kl"] if loss_type == "kto" else expected_metrics.pop("kl")
-    assert (baseline > 0) == (loss_type == "kto" and shift > 0)
+    (*mine, metrics), (*expected, expected_metrics) = both(settings, ROWS[rows], labels, shift)
+    assert all(d < 1e-6 for d in deviations(mine, expected))
+    assert float(expected[1].norm()) > 0
+    baseline = expected_metrics["kl"] if settings["loss_type"] == "kto" else expected_metrics.pop("kl")
+    assert (baseline > 0) == (settings["loss_type"] == "kto" and shift > 0)
     assert_same_metrics(metrics, expected_metrics)
     absent = {"good": "rejected", "bad": "chosen"}.get(labels)
     names = {f"{name}/{absent}" for name in ("rewards", "logps", "logits")} | {"rewards/margins"} if absent else set()
     assert metrics.keys() - expected_metrics.keys() == names
     assert not any(metrics[name] for name in names - {"rewards/margins"})
+
+
+def test_no_loss_of_trl_is_missing():
+    assert set(VARIANTS) == set(fields_of(KTOConfig)["loss_type"].metadata["choices"])
+
+
+def both(settings, rows, labels="mixed", shift=1.5):
+    """(loss, gradient in the log-probs, metrics) of ours, and of TRL's."""
+    logps, batch = micro_batch(*rows)
+    batch["desirable"] = torch.tensor(LABELS[labels]).bool()
+    mismatched = micro_batch(rows[0], rows[1][::-1], seed=1)
+    mask = mismatched[1]["loss_mask"]
+    mismatched[1]["ref_logps"] = (mismatched[1]["ref_logps"] - shift / 4 * (mask.cumsum(-1) <= 12)).where(mask, 0)
+    return (with_gradient(side, logps, batch, mismatched, kto.Config(**settings)) for side in (ours, theirs))
 
 
 def ours(logps, batch, mismatched, cfg):
@@ -87,42 +104,20 @@ def theirs(logps, batch, mismatched, cfg):
     return loss, logged(trainer)
 
 
-# ---- a whole run -------------------------------------------------------------------------------------------------------------
-
-BATCH = 6  # rows of a step
+# ---- whole runs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss_type", VARIANTS)
 def test_run_equals_trl(loss_type, model_folder, one_rank, tmp_path):
     """TRL chooses rows and mismatched rows; ours trains on them, each step in two micro-batches."""
-    folder, args = model_folder("llama"), OPTIMIZER | PLAIN | {"max_length": 34, "per_device_train_batch_size": BATCH}
-    settings = {"loss_type": loss_type, "beta": 0.1, "desirable_weight": 1.2, "undesirable_weight": 0.7}
-    rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 3 > 0} for i, r in enumerate(pairs(5 * BATCH))]
-    trainer = Recorded(
-        model=folder,
-        args=KTOConfig(str(tmp_path), **settings, **args),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )
-    trainer.train()
-    expected = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    steps = [as_step(inputs) for inputs in trainer.inputs]
-    metrics = train_on(steps, kto, kto.Config(**settings), folder, one_rank)
+    folder, settings = model_folder("llama"), {"loss_type": loss_type, "beta": 0.1, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i % 3 > 0} for i, r in enumerate(pairs(30))]
+    expected, inputs, weights = train_trl(KTOTrainer, KTOConfig, folder, rows, tmp_path, per_device_train_batch_size=6, **settings)
+    metrics, final = train_on([as_step(batch) for batch in inputs], kto, kto.Config(**settings), folder, one_rank)
     assert_same_steps(metrics, expected, absent={"kl"} if loss_type == "apo_zero_unpaired" else ())
+    assert_same_weights(final, weights)
     assert loss_type != "kto" or max(row["kl"] for row in metrics) > 0.01, "the baseline is not part of the comparison"
     assert [row["num_tokens"] for row in metrics] == [row["num_tokens"] for row in expected]
-
-
-class Recorded(KTOTrainer):
-    """Keeps the batch of each step."""
-
-    def train(self):
-        self.inputs = []
-        super().train()
-
-    def training_step(self, model, inputs, *args):
-        self.inputs.append(inputs)
-        return super().training_step(model, inputs, *args)
 
 
 def as_step(inputs):
@@ -144,26 +139,3 @@ def as_step(inputs):
         part = slice(cut.start * len(prefixes), cut.stop * len(prefixes))
         micro.append({name: value[part] for name, value in batch.items()} | {"positions": torch.tensor(cut)})
     return batches.Step(micro, examples, {})
-
-
-def train_on(steps, algorithm, settings, folder, device):
-    """Metrics of the loop's steps on given micro-batches, with the initial model as a live reference."""
-    train = config.Train(**{name: value for name, value in OPTIMIZER.items() if name != "max_grad_norm"})
-    model, initial = (load.build(config.Model(folder), folder, config.Fsdp(), device, 0) for _ in range(2))
-    seen = []
-
-    def source():
-        for step in steps:
-            step = reference.live(step, initial) if algorithm.REFERENCE else step
-            yield batches.with_statistics(step, model, algorithm, settings)
-
-    optimizer, rate = optim.make_optimizer(model, train), lambda step: optim.learning_rate(train, len(steps), step)
-    loop.train(
-        *(model, algorithm, settings, source(), optimizer, rate, 1, len(steps)),
-        num_tokens=0,
-        max_grad_norm=OPTIMIZER["max_grad_norm"],
-        stopping=lambda: False,
-        check=lambda *_: None,
-        report=lambda step, metrics, _: seen.append(metrics),
-    )
-    return seen

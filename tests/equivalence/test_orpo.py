@@ -1,51 +1,40 @@
-"""ORPO against TRL's ORPOTrainer: loss, gradient and metrics on one batch of logits; then runs on the batches that TRL trained on.
-
-SimPO's run is here too: TRL prepares both alike.
-"""
+"""ORPO against TRL's ORPOTrainer: loss, gradient and metrics on one batch of logits; then a whole run."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from test_dpo import (
-    CHOSEN,
-    OPTIMIZER,
-    PLAIN,
-    PROMPTS,
-    REJECTED,
+    ROWS,
     assert_same_metrics,
     assert_same_steps,
-    difference,
+    assert_same_weights,
+    deviations,
+    every,
     micro_batch,
+    named,
     pairs,
     stacked,
     stub,
+    train_on,
+    train_trl,
     with_gradient,
 )
-from test_kto import train_on
-from test_simpo import VOCABULARY, as_trl, logps_of
-from transformers import AutoTokenizer
-from trl.experimental.cpo import CPOConfig, CPOTrainer
+from test_simpo import as_step, as_trl, batch_and_logits, logps_of, totals_of
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from algorithms import orpo, simpo
-from train import batches
+from algorithms import orpo
+
+VARIANTS = {"orpo": ("beta", [{"beta": 1.0}, {"beta": 0.0}, {"beta": 0.1}])}  # name -> (what it is in TRL, settings of it)
 
 
-@pytest.mark.parametrize("beta", [0.1, 1.0, 0.0])
-@pytest.mark.parametrize("likely", [0.2, 4.0])  # scale of the logits: probabilities on either side of 1/2
-def test_loss_of_logits_equals_trl(likely, beta):
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("likely", [0.2, 4.0])  # probabilities on either side of 1/2
+@pytest.mark.parametrize("settings", every(VARIANTS), ids=named)
+def test_loss_of_logits_equals_trl(settings, likely, rows):
     """get_batch_loss_metrics: the cross-entropy of prompt and chosen response, the odds ratio, and the metrics."""
-    cfg = orpo.Config(beta=beta)
-    batch = prompts_scored(micro_batch(PROMPTS, CHOSEN, REJECTED)[1])
-    batch["input_ids"] %= VOCABULARY
-    logits = likely * torch.randn(*batch["input_ids"].shape, VOCABULARY, generator=torch.Generator().manual_seed(1))  # (2P, T, V)
-    logits += likely * torch.nn.functional.one_hot(batch["input_ids"].roll(-1, 1), VOCABULARY)
-    loss, gradient, metrics = with_gradient(ours, logits, batch, cfg)
-    expected, expected_gradient, expected_metrics = with_gradient(theirs, logits, batch, cfg)
-    assert difference(loss, expected) < 1e-6
-    assert difference(gradient, expected_gradient) < 1e-6
+    (*mine, metrics), (*expected, expected_metrics) = both(settings, ROWS[rows], likely)
+    assert all(d < 1e-6 for d in deviations(mine, expected))
     ours_alone, other = {"entropy", "mean_token_accuracy"}, {"logits/chosen", "logits/rejected"}  # TRL's cover prompts and padding too
     assert metrics.keys() - ours_alone == expected_metrics.keys()
     assert_same_metrics(metrics, {name: value for name, value in expected_metrics.items() if name not in other})
@@ -63,24 +52,23 @@ def test_odds_ratio_equals_trl(beta):
         losses, _, _, ratio, odds = stub(ORPOTrainer, beta=beta).odds_ratio_loss(logps[0::2, 1], logps[1::2, 1])
         return -losses.mean(), {"log_odds_ratio": float(ratio), "log_odds_chosen": float(odds)}
 
-    loss, gradient, metrics = with_gradient(lambda x: orpo.loss(x, batch, totals_of(batch), cfg), logps)
-    expected, expected_gradient, expected_metrics = with_gradient(theirs, logps)
-    assert difference(loss, expected) < 1e-6
-    assert difference(gradient, expected_gradient) < 1e-6
+    *mine, metrics = with_gradient(lambda x: orpo.loss(x, batch, totals_of(orpo, batch), cfg), logps)
+    *expected, expected_metrics = with_gradient(theirs, logps)
+    assert all(d < 1e-6 for d in deviations(mine, expected))
     assert_same_metrics(metrics, expected_metrics)
 
 
-def ours(logits, batch, cfg):
-    return orpo.loss(logps_of(logits, batch), batch, totals_of(batch), cfg)
+def both(settings, rows, likely=0.2):
+    """(loss, gradient in the logits, metrics) of ours, and of TRL's."""
+    cfg, (batch, logits) = orpo.Config(**settings), batch_and_logits(rows, likely)
+    batch = prompts_scored(batch)
+    mine = with_gradient(lambda z: orpo.loss(logps_of(z, batch), batch, totals_of(orpo, batch), cfg), logits)
+    return mine, with_gradient(lambda z: theirs(z, batch, cfg), logits)
 
 
 def theirs(logits, batch, cfg):
     trainer = stub(ORPOTrainer, beta=cfg.beta, is_encoder_decoder=False, padding_value=0)
     return trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=stacked(logits)), as_trl(batch))
-
-
-def totals_of(batch):
-    return {name: float(value) for name, value in orpo.counts(batch).items()}
 
 
 def prompts_scored(batch):
@@ -91,52 +79,11 @@ def prompts_scored(batch):
     return batch | {"score_mask": score}
 
 
-# ---- whole runs --------------------------------------------------------------------------------------------------------------
-
-BATCH = 6  # pairs of a step
-SIMPO = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.5}
-
-
-@pytest.mark.parametrize(
-    "algorithm, settings, trainer, arguments",
-    [(orpo, {"beta": 0.5}, ORPOTrainer, ORPOConfig), (simpo, SIMPO, CPOTrainer, CPOConfig)],
-    ids=["orpo", "simpo"],
-)
-def test_run_equals_trl(algorithm, settings, trainer, arguments, model_folder, one_rank, tmp_path):
+def test_run_equals_trl(model_folder, one_rank, tmp_path):
     """TRL tokenises and chooses rows; ours trains on its ids and masks, each step in two micro-batches."""
-    folder, batches_seen = model_folder("llama"), []
-
-    class Recorded(trainer):
-        def training_step(self, model, inputs, *args):
-            batches_seen.append(inputs)
-            return super().training_step(model, inputs, *args)
-
-    made = Recorded(
-        model=folder,
-        args=arguments(str(tmp_path), per_device_train_batch_size=BATCH, max_length=34, **settings, **OPTIMIZER, **PLAIN),
-        train_dataset=Dataset.from_list(pairs(5 * BATCH)),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )
-    made.train()
-    expected = [entry for entry in made.state.log_history if "grad_norm" in entry]
-    metrics = train_on([as_step(inputs) for inputs in batches_seen], algorithm, algorithm.Config(**settings), folder, one_rank)
+    folder, settings = model_folder("llama"), {"beta": 0.5}
+    expected, inputs, weights = train_trl(ORPOTrainer, ORPOConfig, folder, pairs(30), tmp_path, per_device_train_batch_size=6, **settings)
+    steps = [as_step(batch, prompts_scored) for batch in inputs]
+    metrics, final = train_on(steps, orpo, orpo.Config(**settings), folder, one_rank)
     assert_same_steps(metrics, expected, absent={"logits/chosen", "logits/rejected"})
-
-
-def as_step(inputs):
-    """TRL's batch as a step of two micro-batches of alternating rows."""
-    width = max(inputs[f"{side}_input_ids"].shape[1] for side in ("chosen", "rejected"))
-
-    def rows_of(name, padding):
-        sides = [inputs[f"{side}_{name}"] for side in ("chosen", "rejected")]
-        sides = [torch.nn.functional.pad(side, (0, width - side.shape[1]), value=padding) for side in sides]
-        return torch.stack(sides, 1).flatten(0, 1)  # (2P, T)
-
-    batch = {
-        "input_ids": rows_of("input_ids", 0),
-        "attention_mask": rows_of("attention_mask", 0).bool(),
-        "loss_mask": rows_of("labels", -100) != -100,
-    }
-    batch = prompts_scored(batch)
-    cuts = [slice(0, 4), slice(4, None)]
-    return batches.Step([{name: value[cut] for name, value in batch.items()} for cut in cuts], BATCH, {})
+    assert_same_weights(final, weights)

@@ -1,17 +1,63 @@
-"""SFT against TRL's SFTTrainer: the same model, file and seed give the same losses, gradient norms, learning rates and weights."""
+"""SFT against TRL's SFTTrainer: loss, gradient and metrics on one batch; then whole runs of the same model, file and seed."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from test_dpo import assert_same_metrics, deviations, every, fields_of, fused_model, logged, micro_batch, named, stub, with_gradient
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
+from algorithms import sft
 from train import batches
+
+ROWS = {  # tokens of each row's prompt and response
+    "short": ([3, 1, 5, 2, 4, 1, 3], [4, 9, 2, 12, 6, 1, 7]),
+    "one token and very long": ([3, 1, 5], [1, 2000, 6]),
+}
+VARIANTS = {name: (f"loss_type {name}", [{"loss_type": name}]) for name in ("nll", "dft")}  # name -> (what it is in TRL, settings of it)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("settings", every(VARIANTS), ids=named)
+def test_loss_equals_trl(settings, rows):
+    (*mine, metrics), (*expected, expected_metrics) = both(settings, ROWS[rows])
+    assert all(d < 1e-6 for d in deviations(mine, expected))
+    assert float(expected[1].norm()) > 0
+    assert metrics.keys() == expected_metrics.keys()
+    assert_same_metrics(metrics, expected_metrics)
+
+
+def test_no_loss_of_trl_is_missing():
+    assert set(VARIANTS) | {"chunked_nll"} == set(fields_of(SFTConfig)["loss_type"].metadata["choices"])  # a deprecated name of nll
+
+
+def both(settings, rows):
+    """(loss, gradient in the log-probs, metrics) of ours, and of TRL's."""
+    logps, batch = micro_batch(*rows)
+    return (with_gradient(side, logps, batch, settings) for side in (ours, theirs))
+
+
+def ours(logps, batch, settings):
+    return sft.loss(logps, batch, {"tokens": float(sft.counts(batch)["tokens"])}, sft.Config(**settings))
+
+
+def theirs(logps, batch, settings):
+    args = SimpleNamespace(**settings, average_tokens_across_devices=True)
+    trainer = stub(SFTTrainer, args=args, compute_loss_func=None, label_smoother=None, is_deepspeed_enabled=False)
+    loss = trainer.compute_loss(
+        fused_model(logps, batch), {"attention_mask": batch["attention_mask"]}, num_items_in_batch=batch["loss_mask"].sum()
+    )
+    return loss, logged(trainer)
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------------------
 
 STEPS = 5
 BATCH = 8  # rows of a step
-ROWS = 21  # two full steps and a short one make an epoch
+COUNT = 21  # two full steps and a short one make an epoch
 MAX_LENGTH = 44  # shorter than some rows, so that both sides must cut them
 
 
@@ -21,7 +67,7 @@ MAX_LENGTH = 44  # shorter than some rows, so that both sides must cut them
 @pytest.mark.parametrize("packing", [False, True])
 def test_run_equals_trl(packing, accumulation, form, shape, loss_type, model_folder, data_file, train_here, tmp_path, monkeypatch):
     """Unpacked, both sides choose each step's rows; packed, TRL chooses, and ours takes the same rows from its own file."""
-    folder, file = model_folder(shape), data_file(form, ROWS)
+    folder, file = model_folder(shape), data_file(form, COUNT)
     expected, steps, weights = train_trl(folder, file, packing, accumulation, loss_type, tmp_path / "trl")
     if packing:
         assert max(map(len, steps)) > BATCH, "nothing was packed"

@@ -50,10 +50,10 @@ def test_chunked_equals_eager(transform, bias, tokens, monkeypatch):
     for implementation in (logprobs.eager, logprobs.chunked):
         inputs, labels = head(bias=bias)
         hidden, weight, *rest = inputs
-        out = implementation(hidden, weight, rest[0] if rest else None, labels, transform, ("entropy", "is_top1"))
-        (out["logps"] * upstream).sum().backward()
-        assert not out["entropy"].requires_grad
-        results.append([*out.values(), *(t.grad for t in inputs)])
+        out = implementation(hidden, weight, rest[0] if rest else None, labels, transform, ("entropy", "live_entropy", "is_top1"))
+        (out["logps"] * upstream + out["live_entropy"] * upstream.flip(0).square()).sum().backward()
+        assert not out["entropy"].requires_grad and torch.allclose(out["entropy"], out["live_entropy"])
+        results.append([*(out[name] for name in ("logps", "entropy", "live_entropy", "is_top1")), *(t.grad for t in inputs)])
     for a, b in zip(*results):
         assert (a - b).norm() <= 2e-6 * b.norm()
 
