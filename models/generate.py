@@ -18,7 +18,8 @@ from transformers import AttentionInterface
 from models import attention
 from models.sharding import gathered
 
-BLOCK = 128  # tokens: the part of the cache that attention reads grows in such steps
+BLOCK = {"cpu": 64, "cuda": 256}  # tokens: the part of the cache that attention reads grows in such steps; on CUDA each is a graph
+LANES = 128  # tokens of the vocabulary whose probabilities are first summed
 PREFILL = 16384  # tokens of prompts that are read at once
 
 
@@ -74,7 +75,8 @@ class Decoder:
     def __init__(self, model, rows, length, sampling, stops):
         self.model, self.sampling, self.packed = model, sampling, model.packed_attention
         self.device = device = model.lm_head.weight.device
-        self.length = math.ceil(length / BLOCK) * BLOCK
+        self.block = BLOCK[device.type]
+        self.length = math.ceil(length / self.block) * self.block
         self.stops = torch.tensor(stops, device=device)
         self.keys, self.values = {}, {}  # layer -> (rows, key heads, length, D), made when a layer first writes
         self.rows, self.size, self.window, self.places = rows, rows, 0, {}  # places: slot -> (prompt, generation)
@@ -84,7 +86,8 @@ class Decoder:
         self.logps = torch.zeros(rows, sampling.max_new_tokens, device=device)
         self.uniform = torch.zeros(rows, sampling.max_new_tokens, device=device)  # the draws of each row
         self.steps, self.started = 0, [0] * rows  # steps done; for each slot the step at which its row would have been at position 0
-        self.graphs, self.prefilling = {}, None
+        self.graphs, self.prefilling, self.seen = {}, None, {}  # seen: sliding window or None -> (R, 1, 1, S) bool, of this step
+        self.slots = torch.arange(rows, device=device)
 
     def admit(self, places, prompts, keys):
         """Give free slots to new rows. A prompt is read once, without its last token, which is the first that `step` reads."""
@@ -94,10 +97,10 @@ class Decoder:
             slots.setdefault(i, []).append(slot := next(free))
             self.places[slot] = (i, j)
             self.started[slot] = self.steps - len(prompts[i]) + 1
-            stream = torch.Generator().manual_seed(keys[i][j])
-            self.uniform[slot] = torch.rand(self.sampling.max_new_tokens, generator=stream).to(self.device)
         self.size = self.rows
         taken = torch.tensor([s for own in slots.values() for s in own], device=self.device)
+        draws = [torch.Generator().manual_seed(keys[i][j]) for own in slots.values() for i, j in (self.places[s] for s in own)]
+        self.uniform[taken] = torch.stack([torch.rand(self.sampling.max_new_tokens, generator=g) for g in draws]).to(self.device)
         self.token[taken] = torch.tensor([prompts[i][-1] for i, own in slots.items() for _ in own], device=self.device)
         self.position[taken] = torch.tensor([len(prompts[i]) - 1 for i, own in slots.items() for _ in own], device=self.device)
         self.count[taken], self.done[taken] = 0, False
@@ -142,36 +145,40 @@ class Decoder:
             return self.packed(module, query, key, value, None, scaling=scaling, sliding_window=sliding_window, **kwargs)
         attention.refuse(kwargs)
         rows, heads = key.shape[:2]
-        at = torch.arange(rows, device=key.device), slice(None), self.position[:rows]
+        at = self.slots[:rows], slice(None), self.position[:rows]
         keys[at], values[at] = key[:, :, 0], value[:, :, 0]
-        seen = torch.arange(self.window, device=key.device) <= self.position[:rows, None]  # (R, S)
-        if sliding_window is not None:
-            seen &= torch.arange(self.window, device=key.device) > self.position[:rows, None] - sliding_window
+        if sliding_window not in self.seen:
+            places, here = torch.arange(self.window, device=key.device), self.position[:rows, None]  # (S,), (R, 1)
+            seen = (places <= here) & (places > here - (sliding_window or self.length))
+            self.seen[sliding_window] = seen[:, None, None]
         grouped = query.reshape(rows, heads, -1, query.shape[3])  # (R, key heads, heads per key head, D)
         k, v = keys[:rows, :, : self.window], values[:rows, :, : self.window]
-        mask = seen[:, None, None].expand(-1, -1, grouped.shape[2], -1)
+        mask = self.seen[sliding_window].expand(-1, -1, grouped.shape[2], -1)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling)
         return out.reshape(rows, 1, -1, query.shape[3]), None
 
     def step(self):
         """One more token for every row; a row that has ended stays where it is."""
         longest = max((self.steps - self.started[slot] for slot in self.places), default=0) + 1
-        self.window = min(math.ceil(longest / BLOCK) * BLOCK, self.length)
+        self.window = min(math.ceil(longest / self.block) * self.block, self.length)
         self.steps += 1
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self.graphs is None:
             return self.compute()
         shape = self.size, self.window
-        if shape not in self.graphs:
-            self.compute()  # this step itself, so that whatever is made once is made outside of the graph
-            self.graphs[shape] = torch.cuda.CUDAGraph()
-            pool = next(iter(self.graphs.values())).pool() if len(self.graphs) > 1 else None
-            with torch.cuda.graph(self.graphs[shape], pool=pool):
+        if shape in self.graphs:
+            return self.graphs[shape].replay()
+        self.compute()  # this step itself, so that whatever is made once is made outside of the graph
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=next((g.pool() for g in self.graphs.values()), None)):
                 self.compute()
-        else:
-            self.graphs[shape].replay()
+            self.graphs[shape] = graph
+        except RuntimeError as e:
+            print(f"sampling without CUDA graphs, several times slower: {str(e).splitlines()[0]}", flush=True)
+            self.graphs = None
 
     def compute(self):
-        n = self.size
+        n, self.seen = self.size, {}
         token, position, count, done = self.token[:n], self.position[:n], self.count[:n], self.done[:n]
         z = self.model.decode(input_ids=token[:, None], position_ids=position[:, None], decoder=self)  # (R, V) float32
         at = count.clamp(max=self.sampling.max_new_tokens - 1)[:, None]
@@ -195,9 +202,10 @@ class Decoder:
         ]
 
     def shrink(self, spare):
-        """Compute fewer slots where many are free and, unless `spare`, stay so; on CUDA in powers of two, as each shape is a graph."""
-        n = len(self.places)
-        size = n if self.device.type != "cuda" else min(self.rows, 2 ** math.ceil(math.log2(max(n, 1))))
+        """Compute fewer slots where many are free and, unless `spare`, stay so; on CUDA of a few sizes, as each shape is a graph."""
+        n = size = len(self.places)
+        if self.device.type == "cuda":
+            size = min(s for s in (self.rows, self.rows // 4, self.rows // 16) if s >= n)
         if spare or size > 0.9 * self.size:
             return
         kept = sorted(self.places)
@@ -215,19 +223,31 @@ class Decoder:
 
 
 def pick(z, uniform, sampling):
-    """Tokens (R, 1) drawn from logits z (R, V) float32, and their log-probs (R, 1) nats; uniform (R, 1) in [0, 1) decides.
-
-    By the inverse of the cumulative distribution: one number per row and token decides, whatever the vocabulary.
-    """
-    z = z / (sampling.temperature or 1.0)
+    """Tokens (R, 1) drawn from logits z (R, V) float32, and their log-probs (R, 1) nats; uniform (R, 1) in [0, 1) decides."""
     if not sampling.temperature:
         chosen = z.argmax(-1, keepdim=True)
-    else:
-        p = filtered(z, sampling).softmax(-1)
-        cumulative = p.cumsum(-1)  # (R, V)
-        target = uniform.clamp(max=1 - 2**-22) * cumulative[:, -1:]  # below the last, also when rounded
-        chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=z.shape[1] - 1)
-    return chosen, z.gather(1, chosen) - z.logsumexp(-1, keepdim=True)
+        return chosen, z.gather(1, chosen) - z.logsumexp(-1, keepdim=True)
+    z = z / sampling.temperature
+    kept = filtered(z, sampling)
+    p = kept.softmax(-1)
+    chosen = draw(p, uniform)
+    return chosen, p.gather(1, chosen).log() if kept is z else z.gather(1, chosen) - z.logsumexp(-1, keepdim=True)
+
+
+def draw(p, uniform):
+    """Where the cumulative sums of p (R, V) pass uniform (R, 1) of their total; never a token whose p is 0. Returns (R, 1).
+
+    First among the sums of LANES tokens, then within those: one pass over p, where cumulative sums of it all would take several.
+    """
+    lanes = F.pad(p, (0, -p.shape[1] % LANES)).view(len(p), -1, LANES)  # (R, V / LANES, LANES)
+    sums = lanes.sum(-1).cumsum(-1)  # (R, V / LANES)
+    below = 1 - 2**-22  # keeps a rounded product below the total
+    target = uniform.clamp(max=below) * sums[:, -1:]
+    lane = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)  # (R, 1)
+    rest = target - F.pad(sums, (1, 0)).gather(1, lane)
+    within = lanes.gather(1, lane[:, :, None].expand(-1, -1, LANES))[:, 0].cumsum(-1)  # (R, LANES)
+    place = torch.searchsorted(within, torch.minimum(rest.clamp(min=0), within[:, -1:] * below), right=True)
+    return lane * LANES + place.clamp(max=LANES - 1)
 
 
 def filtered(z, sampling):

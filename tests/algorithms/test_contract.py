@@ -16,7 +16,7 @@ from launch.train import ALGORITHMS
 from train import batches, data
 
 EXAMPLES = 6
-SPLITS = [[6], [2, 1, 3], [1] * 6]  # examples of each micro-batch
+SPLITS = [[6], [4, 2], [2, 1, 3], [1] * 6]  # examples of each micro-batch
 SMOOTHED = {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired"}
 SUM = {"loss_type": ["robust", "sft", "aot"], "loss_weights": [1.0, 0.5, 2.0], "label_smoothing": 0.1, "ld_alpha": 0.3}
 SETTINGS = {
@@ -27,7 +27,7 @@ SETTINGS = {
         *({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, SUM),
     ],
     simpo: [
-        *({"loss_type": name} for name in ("simpo", "sigmoid", "hinge", "ipo")),
+        *({"loss_type": name, "beta": 0.1} for name in ("simpo", "sigmoid", "hinge", "ipo")),
         {"cpo_alpha": 0.5, "alpha": 0.2, "label_smoothing": 0.1},
     ],
     kto: [{"loss_type": "kto", "undesirable_weight": 0.5}, {"loss_type": "apo_zero_unpaired"}],
@@ -77,19 +77,23 @@ def test_placeholder_is_finite_and_weighs_nothing(algorithm, settings):
     assert torch.equal(padded, whole) and torch.equal(padded_gradient, gradient) and padded_metrics == metrics
 
 
+@pytest.mark.parametrize("others", [[], [2, 3, 4, 5]], ids=["alone", "beside others"])
 @pytest.mark.parametrize("algorithm, settings", CASES, ids=named)
-def test_masked_rows_are_finite(algorithm, settings):
-    """Rows that train nothing, alone in their micro-batch, also where they have weight."""
-    cfg = algorithm.Config(**settings)
-    leaf = rows_of(algorithm).per_token["logps"].clone().requires_grad_()
-    batch = batches.collate(with_logps(rows_of(algorithm), leaf), range(EXAMPLES), [0, 1])
-    batch |= {name: torch.zeros_like(mask) for name, mask in batch.items() if name in ("loss_mask", "score_mask")}
+def test_masked_rows_are_finite(algorithm, settings, others):
+    """Two examples that train nothing, also where they have weight: no gradient, and none of the others' is lost."""
+    cfg, rows = algorithm.Config(**settings), rows_of(algorithm)
+    leaf = rows.per_token["logps"].clone().requires_grad_()
+    batch = batches.collate(with_logps(rows, leaf), range(EXAMPLES), [0, 1, *others])
+    masked = 2 * rows.rows_per_example
+    for name in {"loss_mask", "score_mask"} & batch.keys():
+        batch[name] = torch.cat([torch.zeros_like(batch[name][:masked]), batch[name][masked:]])
     batch = complete([batch], algorithm, cfg)[0]
     totals = {name: max(float(value), 1.0) for name, value in algorithm.counts(batch).items()}
     loss, metrics = algorithm.loss(batch.pop("logps"), batch, totals, cfg)
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert math.isfinite(loss) and all(math.isfinite(value) for value in metrics.values())
-    assert not gradient.any()
+    nothing, trained = gradient.tensor_split([int(rows.offsets[masked])])
+    assert not nothing.any() and trained.isfinite().all() and bool(trained.any()) == bool(others)
 
 
 @pytest.mark.parametrize("certain", [(0, 1), (0,), (1,)], ids=["both", "chosen", "rejected"])

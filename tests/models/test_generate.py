@@ -21,7 +21,7 @@ def ours(folder, dtype="float32"):
 @pytest.mark.parametrize("family,dtype", [*((family, "float32") for family in FAMILIES), ("qwen3", "bfloat16")])
 def test_greedy_equals_transformers_generate(family, dtype, tmp_path, monkeypatch):
     """Token for token, with prompts of unlike lengths, fewer slots than prompts, and a cache that grows on the way."""
-    monkeypatch.setattr(generate, "BLOCK", 16)
+    monkeypatch.setattr(generate, "BLOCK", {"cpu": 16, "cuda": 16})
     write(family, tmp_path)
     model = ours(tmp_path, dtype)
     got = generate.generate(model, PROMPTS, [[0]] * 4, Sampling(40), [0, 3], batch_size=3)
@@ -79,10 +79,11 @@ def test_ended_rows_leave_the_batch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.8, "min_p": 0.05}])
-def test_draws_follow_the_distribution(filters):
+def test_draws_follow_the_distribution(filters, monkeypatch):
     """Chi-square of 20,000 draws against the softmax of the filtered logits; tokens that are filtered out never come."""
     torch.manual_seed(0)
     logits, temperature = torch.randn(1, 12) * 2, 0.8
+    monkeypatch.setattr(generate, "LANES", 5)
     z = logits / temperature
     for warper, name in ((TopKLogitsWarper, "top_k"), (TopPLogitsWarper, "top_p"), (MinPLogitsWarper, "min_p")):
         z = warper(filters[name])(None, z) if name in filters else z

@@ -9,6 +9,9 @@ import pytest
 import torch
 from test_data import CALL, CHATML, TOOL, tokenizer, trained, trl_template, turns, write
 from trl import DPOTrainer, KTOTrainer
+from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
@@ -118,6 +121,42 @@ def test_tools_and_template_settings_of_pairs_equal_trl(tmp_path, one_rank):
     assert '"properties"' in tok.decode(rows.input_ids) and trained(rows, tok, 1) == "It is 6.<|im_end|>\n"
     rows = assert_pairs_equal_trl(tmp_path, THINKING, tokenizer(trl_template("qwen3")))
     assert trained(rows, tok, 3).strip() == "7 🎉<|im_end|>"  # the empty thought is part of the prompt
+
+
+def trl_rows_without_reference(trainer, rows, tok, max_length=1024):
+    """([(ids, mask)], moved) of TRL's CPO and ORPO, chosen and rejected by turns; `moved` counts pairs whose masks TRL starts apart.
+
+    There a token of one response merges into the prompt, and TRL trains the other response from a token later on; here both start early.
+    """
+    made, out, moved = trainer.__new__(trainer), [], 0
+    vars(made).update(processing_class=tok, is_encoder_decoder=False, max_length=max_length)
+    for row in rows:
+        one = made.tokenize_row(maybe_apply_chat_template(maybe_extract_prompt(row), tok))
+        starts = [[x != -100 for x in one[f"{side}_labels"]].index(True) for side in ("chosen", "rejected")]
+        ids = [one[f"{side}_input_ids"] for side in ("chosen", "rejected")]
+        out += [(own, [i >= min(starts) for i in range(len(own))]) for own in ids]
+        moved += starts[0] != starts[1]
+    return out, moved
+
+
+@pytest.mark.parametrize("max_length", [1024, 44])
+@pytest.mark.parametrize("trainer", [CPOTrainer, ORPOTrainer])
+def test_text_pairs_equal_trls_of_cpo_and_orpo(tmp_path, trainer, max_length):
+    tok = tokenizer(bos=True)
+    for rows in (EXPLICIT[:1] + EXPLICIT[2:], IMPLICIT[:2]):  # in the others several tokens merge, and these masks step back by one at most
+        ours = prepare(tmp_path, rows, tok, "pairs", max_length=max_length)
+        assert (ids_and_masks(ours), 0) == trl_rows_without_reference(trainer, rows, tok, max_length)
+
+
+@pytest.mark.parametrize("trainer", [CPOTrainer, ORPOTrainer])
+def test_chat_pairs_have_no_tokens_around_the_template(tmp_path, trainer):
+    """TRL's CPO and ORPO put a first and an end token around what the template writes; DPO and ours do not."""
+    tok = tokenizer()
+    for rows in (CHATS, IMPLICIT_CHATS):
+        theirs, merged = trl_rows_without_reference(trainer, rows, tok)
+        assert {(ids[0], ids[-1], mask[0], mask[-1]) for ids, mask in theirs} == {(tok.bos_token_id, tok.eos_token_id, False, True)}
+        assert ids_and_masks(prepare(tmp_path, rows, tok, "pairs")) == [(ids[1:-1], mask[1:-1]) for ids, mask in theirs]
+        assert merged == 1
 
 
 LABELLED = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(EXPLICIT)]
