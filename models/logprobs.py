@@ -78,7 +78,7 @@ def add_seam(model, implementation):
 def score(self, input_ids, position_ids, predictors, labels, byproducts, temperature, keys=None, **rows):
     """The model's forward pass as the seam needs it: backbone over N packed tokens, head over M of them. Returns (M,) tensors."""
     for name, dropout in self.dropouts.items():
-        dropout.keys = keys[predictors] if name == "lm_head" else keys
+        dropout.keys = keys[predictors] if name == "lm_head" and keys is not None else keys
     # use_cache and a mask would both make transformers forget that position_ids restart
     hidden = self.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **rows

@@ -47,6 +47,9 @@ def inject(model, settings, base, revision=None):
     )
     refuse(model, config)
     inject_adapter_in_model(config, model, NAME, low_cpu_mem_usage=True)
+    if config.target_parameters:  # which peft adds by itself
+        found = ", ".join(sorted({name.rpartition(".")[2] for name, layer in wrappers(model).items() if type(layer) is Linear}))
+        raise ValueError(f"lora.target_modules: adapters on the experts of {type(model).__name__} are not supported; name others: {found}")
     for name, layer in wrappers(model).items():
         if settings.lora_dropout and isinstance(layer, LoraLayer):
             model.dropouts[name] = layer.lora_dropout[NAME] = KeyedDropout(settings.lora_dropout, name)

@@ -264,7 +264,7 @@ def optimizer_state(p, name, where, scalars):
             out[key] = torch.tensor(scalars[full], dtype=torch.float32, device=p.device)
         elif key.startswith("absmax"):
             continue  # goes with its codes
-        elif full.replace("state", "absmax", 1) in where:
+        elif key.startswith("state") and full.replace("state", "absmax", 1) in where:
             out[key], out[key.replace("state", "absmax")] = blocks(p, key, full, where)
         else:
             out[key] = fill(torch.zeros_like(p, dtype=torch.float32), full, where)
