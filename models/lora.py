@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 
 from models import sharding
 from models.dropout import KeyedDropout
@@ -190,7 +189,7 @@ def read_adapter(model, folder):
         )
     for name, p in parameters.items():
         tensor = tensors[name].to(p.device, p.dtype)
-        p.to_local().copy_(distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None).to_local())
+        p.to_local().copy_(sharding.slice_of(tensor, p).to_local())
 
 
 def trained(model):

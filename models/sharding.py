@@ -69,8 +69,15 @@ def place(module, name, tensor, device):
     p = module._parameters[name]
     tensor = tensor.to(device)
     if isinstance(p, DTensor):
-        tensor = distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # sliced here: no communication
+        tensor = slice_of(tensor, p)
     module._parameters[name] = nn.Parameter(tensor, requires_grad=p.requires_grad)
+
+
+def slice_of(tensor, like):
+    """Of a tensor that is whole on every rank, the DTensor with this rank's slice in memory of its own; no communication."""
+    sliced = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    own = sliced.to_local().clone()  # else it would keep the whole alive
+    return DTensor.from_local(own, sliced.device_mesh, sliced.placements, run_check=False, shape=sliced.shape, stride=sliced.stride())
 
 
 def whole(tensor):
