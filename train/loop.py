@@ -37,8 +37,7 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
         metrics = accumulate(model, algorithm, settings, micro_batches, totals, device, backward=True)
         norm = get_total_norm([p.grad for p in parameters])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        metrics = summed(metrics, device)
-        metrics["grad_norm"] = float(norm)
+        metrics = summed(metrics, device) | {"grad_norm": float(norm)} | known
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise FloatingPointError(
                 f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}: not finite, so training stopped before the "
@@ -51,7 +50,7 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
             group["lr"] = lr(step)
         optimizer.step()
         num_tokens += int(totals["all_tokens"])
-        metrics |= {"learning_rate": lr(step), "num_tokens": num_tokens} | known
+        metrics |= {"learning_rate": lr(step), "num_tokens": num_tokens}
         metrics |= speeds(totals["all_tokens"], time.perf_counter() - began, waited, device)
         report(step, metrics, preempted)
         if preempted:
