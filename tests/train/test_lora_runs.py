@@ -135,6 +135,17 @@ def test_killed_run_gives_the_same_bytes(on_two_ranks, start, files, model_folde
     assert_same_bytes(again, expected, "adapter_model.safetensors")
 
 
+def test_eight_bit_states_move_to_another_number_of_ranks(on_two_ranks, files, model_folder, train_here, tmp_path):
+    """Two ranks up to step 3, one after it: the states are rounded once more, and no more than that."""
+    run, folder = on_two_ranks
+    run.wait()
+    shutil.copytree(folder / LONG, tmp_path / LONG, ignore=shutil.ignore_patterns("checkpoint-6", "checkpoint-9", "checkpoint-12", "final"))
+    rows, expected = train_here(settings_of(LONG, tmp_path, model_folder("llama"), files, 128)), metrics_of(folder / LONG)
+    assert len(rows) == len(expected) == 12 and rows[4]["loss"] != expected[4]["loss"], "the run did not go on from step 3"
+    for ours, theirs in zip(rows, expected):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), f"loss of step {ours['step']}"
+
+
 def test_checkpoints_hold_what_is_trained(on_two_ranks):
     run, folder = on_two_ranks
     run.wait()
