@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
-from models import load, sharding
+from models import load, lora, sharding
 from train import batches, checkpoint, config, data, log, loop, optim, reference, rollouts, toy
 from train.log import say
 
@@ -59,10 +59,10 @@ def run(cfg, device, progress):
         Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
         log.write_status(cfg.output_dir, "running", progress["step"])
 
-    model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed)
+    model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed, cfg.lora)
     for part in (rows, held_out) if held_out else (rows,):
         load.check_vocabulary(model, part.report["max_token_id"])
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, trained, held = load.size(model)
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     first = progress["step"] + 1
     last = batches.steps_in(len(rows), cfg.train, *(rollouts.sizes(cfg) if algorithm.ROWS == "prompts" else ()))
@@ -75,7 +75,10 @@ def run(cfg, device, progress):
     if sampler and resumed:
         sampler.restore(Path(resumed), state)
     steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
-    say(f"{parameters:,} parameters on {ranks} x {device.type}, {model.config._attn_implementation} attention; {steps}")
+    say(
+        f"{parameters:,} parameters, {trained:,} of them trained, {held / parameters:.3f} bytes each on a rank; {ranks} x {device.type}, "
+        f"{model.config._attn_implementation} attention; {steps}"
+    )
 
     def complete(step):
         step = reference.live(step, follower) if follower else step
@@ -121,8 +124,9 @@ def run(cfg, device, progress):
         if part:
             part.close()
     if outcome == "finished":
-        load.save_pretrained(model, tokenizer, Path(cfg.output_dir, "final"))
-        say(f"wrote {cfg.output_dir}/final, a Hugging Face folder")
+        save = lora.save_adapter if cfg.lora.r else load.save_pretrained
+        save(model, tokenizer, Path(cfg.output_dir, "final"))
+        say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
     return outcome
 
 
@@ -131,7 +135,7 @@ def with_reference(cfg, algorithm, settings, model, folder, device, record, deal
     if not (algorithm.REFERENCE and settings.beta):
         return rows, held_out, None
     if cfg.reference.sync_ref_model or algorithm.ROWS == "prompts":
-        return rows, held_out, reference.build(cfg, folder, device).requires_grad_(False).eval()
+        return rows, held_out, reference.live_model(cfg, model, folder, device)
     parts = (part and reference.with_logps(part, model, record["reference"], cfg, folder, device, dealt) for part in (rows, held_out))
     return *parts, None
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from models import attention
-from models.logprobs import logits
 from models.sharding import gathered
 
 BLOCK = {"cpu": 64, "cuda": 256}  # tokens: the part of the cache that attention reads grows in such steps; on CUDA each is a graph
@@ -272,8 +271,7 @@ def decode(self, input_ids, position_ids, decoder, **rows):
     ).last_hidden_state  # (R, 1, H), or (1, N, H) of prompts
     if decoder.prefilling:
         return None
-    head = self.lm_head
-    return logits(hidden[:, 0], head.weight, head.bias, (head.logit_scale, head.softcap, 1.0))
+    return self.lm_head.logits(hidden[:, 0])
 
 
 def add_decoder(model):

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from models import attention, generate, logprobs, sharding
+from models import attention, generate, logprobs, lora, quantize, sharding
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -52,16 +52,22 @@ def load_tokenizer(cfg, folder):
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
 
 
-def build(cfg, folder, fsdp, device, seed):
-    """The sharded causal language model that `cfg` (the config's `model` block) describes, with float32 weights, ready to score."""
+def build(cfg, folder, fsdp, device, seed, adapters=None):
+    """The sharded causal language model that `cfg` (the config's `model` block) describes, ready to score.
+
+    Weights are float32, or under adapters (the config's `lora` block) frozen and in the compute dtype.
+    """
     dtype = sharding.compute_dtype(cfg.dtype, device)
+    adapted = bool(adapters and adapters.r)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     declared = model_config.dtype  # from_config overwrites it
+    if getattr(model_config, "quantization_config", None):
+        raise ValueError(f"model.model_name_or_path: {folder} is quantised already; name the model that it was made from")
     make_packable(model_config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             model_config,
-            dtype=torch.float32,
+            dtype=dtype if adapted or cfg.quantization else torch.float32,
             attn_implementation=attention.choose(cfg.attn_implementation, device, dtype),
             trust_remote_code=cfg.trust_remote_code,
         )
@@ -75,14 +81,22 @@ def build(cfg, folder, fsdp, device, seed):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()  # before sharding, or the pair is seen as two parameters
     logprobs.add_seam(model, cfg.logprobs)
+    if cfg.quantization:
+        quantize.swap(model)
+    if adapted:
+        lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
     generate.add_decoder(model)
     sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
-    if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
-        initialise(model, seed, device)
-    else:
-        read_weights(model, folder, device)
-    tied = model.config.get_text_config().tie_word_embeddings
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied, "tied embeddings came apart"
+    with lora.unwrapped(model):
+        if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
+            initialise(model, seed, device)
+        else:
+            read_weights(model, folder, device)
+    if adapted:
+        lora.initialise(model, seed, device)
+        if adapters.adapter_name_or_path:
+            lora.read_adapter(model, adapters.adapter_name_or_path)
+    assert sharding.is_tied(model) == model.config.get_text_config().tie_word_embeddings, "tied embeddings came apart"
     return model.train()
 
 
@@ -100,6 +114,14 @@ def make_packable(config):
             setattr(config, name, 0.0)
             if dist.get_rank() == 0:
                 print(f"{name} of the model is {value}; set to 0", flush=True)
+
+
+def size(model):
+    """(weights, trained weights, bytes that this rank holds of them all), without gradients and optimizer state."""
+    quantised = [m for m in model.modules() if isinstance(m, quantize.NF4Linear)]
+    weights = sum(p.numel() for p in model.parameters()) + sum(3 * m.packed.numel() for m in quantised)  # four an element
+    held = sum(sharding.local(p).nbytes for p in model.parameters()) + sum(m.scales_bytes() for m in quantised)
+    return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), held
 
 
 def check_vocabulary(model, largest_id):
@@ -124,16 +146,30 @@ def weight_files(folder):
 
 
 def read_weights(model, folder, device):
-    """Fill a sharded meta model from safetensors through transformers' loader, which reads only this rank's slices of each tensor."""
-    config = LoadStateDictConfig(
-        pretrained_model_name_or_path=str(folder),
-        dtype=torch.float32,
-        dtype_plan=model._get_dtype_plan(torch.float32),
-        weight_mapping=get_model_conversion_mapping(model, None, None),
-        device_map={"": device},
-    )
-    report, _ = model._load_pretrained_model(model, None, weight_files(folder), config)
-    report = model._finalize_model_loading(model, config, report)  # ties again, makes the buffers that no file holds
+    """Fill a sharded meta model from safetensors through transformers' loader, which reads only this rank's slices of each tensor.
+
+    Layers to be quantised are read before, one whole tensor at a time, and are out of the model's tree while the loader looks at it.
+    """
+    dtype = model.get_input_embeddings().weight.dtype
+    files = [safe_open(path, framework="pt") for path in weight_files(folder)]
+    tensors = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118  not a dict
+    with quantize.taken_out(model) as quantised:
+        for name, layer in quantised.items():
+            if f"{name}.weight" not in tensors:
+                raise ValueError(
+                    f"model.quantization: {folder} has no {name}.weight; nf4 reads only files that name layers as the model does"
+                )
+            bias = tensors.pop(f"{name}.bias")[:] if layer.bias is not None else None
+            layer.fill(tensors.pop(f"{name}.weight")[:], bias, device)
+        config = LoadStateDictConfig(
+            pretrained_model_name_or_path=str(folder),
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=get_model_conversion_mapping(model, None, None),
+            device_map={"": device},
+        )
+        report, _ = model._load_pretrained_model(model, tensors, None, config)
+        report = model._finalize_model_loading(model, config, report)  # ties again, makes the buffers that no file holds
     wrong = {k: sorted(map(str, getattr(report, k))) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         what = "; ".join(f"{len(v)} {k.replace('_', ' ')}, the first {v[0]}" for k, v in wrong.items() if v)
@@ -158,16 +194,15 @@ def initialise(model, seed, device):
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
         model._init_weights(module)
         for key, p in parameters.items():
-            whole = module._parameters[key].data.to(device)
-            sliced = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)  # sliced here: no communication
-            module._parameters[key] = nn.Parameter(sliced, requires_grad=p.requires_grad)
+            drawn, module._parameters[key] = module._parameters[key].data, p
+            sharding.place(module, key, drawn, device)
         for key in buffers:
             module._buffers[key] = module._buffers[key].to(device)
     model.tie_weights()
 
 
 def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2**30):
-    """Write a Hugging Face folder that plain `from_pretrained` loads; every rank calls it, rank 0 writes.
+    """Write a Hugging Face folder that plain `from_pretrained` loads, adapters merged; every rank calls it, rank 0 writes.
 
     Tensors are gathered one decoder layer at a time, already in `dtype` (default: the dtype that the model's config declares), so rank 0
     holds one file's worth. The folder appears whole, by one rename.
@@ -195,6 +230,8 @@ def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2*
         name_shards(temporary, files, total)
         config = type(model.config).from_dict(model.config.to_dict())
         config.dtype, config.architectures = dtype, [type(model).__name__.removeprefix("FSDP")]
+        if lora.unties(lora.wrappers(model)):
+            config.tie_word_embeddings = False
         config.save_pretrained(temporary)
         (model.generation_config or GenerationConfig.from_model_config(model.config)).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -203,12 +240,19 @@ def save_pretrained(model, tokenizer, folder, dtype=None, max_shard_bytes=5 * 2*
 
 
 def units(model):
-    """The state dict cut into {name: tensor}s of one decoder layer, or of one tensor outside the layers; a tied head is left out."""
+    """The state dict cut into {name: tensor}s of one decoder layer, or of one tensor outside the layers; a tied head is left out.
+
+    Of what has an adapter or is quantised stands a function in the tensor's place, which gives the weight that it acts with.
+    """
     groups = {}
-    for name, tensor in model.state_dict().items():
-        if name not in model.all_tied_weights_keys:
-            layer = re.match(r".*?\.\d+\.", name)
-            groups.setdefault(layer.group() if layer else name, {})[name] = tensor
+    with lora.unwrapped(model) as adapted:
+        acting = quantize.reading(model) | lora.merging(adapted)
+        tied = () if lora.unties(adapted) else model.all_tied_weights_keys
+        for name, tensor in model.state_dict().items():
+            if name not in tied:
+                layer = re.match(r".*?\.\d+\.", name)
+                name = re.sub(r"\.packed$", ".weight", name)
+                groups.setdefault(layer.group() if layer else name, {})[name] = acting.get(name, tensor)
     return list(groups.values())
 
 
@@ -216,8 +260,8 @@ def gather(unit, dtype):
     """Whole tensors on the CPU; floating-point ones are cast before they travel."""
     out = {}
     for name, tensor in unit.items():
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = tensor if isinstance(tensor, torch.Tensor) else tensor()
+        tensor = sharding.whole(tensor.to(dtype) if tensor.is_floating_point() else tensor)
         if dist.get_rank() == 0:
             out[name] = tensor.cpu().contiguous()
     return out

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.dropout import token_keys
 from models.sharding import reshard
 
 SLICE = 2**26  # elements of one slice of (tokens x vocabulary): 256 MiB in float32
@@ -41,7 +42,8 @@ def pack(batch):
     lengths = real.sum(-1)  # (R,)
     ends = lengths.cumsum(0)  # (R,)
     rows, columns = scored.nonzero(as_tuple=True)  # (M,)
-    packed = {
+    keys = {"keys": token_keys(batch["row_keys"], real.shape[1])[real]} if "row_keys" in batch else {}  # (N,)
+    packed = keys | {
         "input_ids": batch["input_ids"][real][None],  # (1, N)
         "position_ids": torch.arange(real.shape[1]).expand_as(real)[real][None],  # (1, N), from 0 in each row
         "predictors": (ends - lengths)[rows] + columns - 1,  # (M,): the shift by one, here and nowhere else
@@ -70,10 +72,13 @@ def add_seam(model, implementation):
     head.softcap = getattr(cfg, "final_logit_softcapping", None)  # Gemma
     head.score_with = {"chunked": chunked, "eager": eager}[implementation]
     model.score = MethodType(score, model)
+    model.dropouts = {}  # by the name of the layer that they are of
 
 
-def score(self, input_ids, position_ids, predictors, labels, byproducts, temperature, **rows):
+def score(self, input_ids, position_ids, predictors, labels, byproducts, temperature, keys=None, **rows):
     """The model's forward pass as the seam needs it: backbone over N packed tokens, head over M of them. Returns (M,) tensors."""
+    for name, dropout in self.dropouts.items():
+        dropout.keys = keys[predictors] if name == "lm_head" and keys is not None else keys
     # use_cache and a mask would both make transformers forget that position_ids restart
     hidden = self.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **rows
@@ -87,8 +92,15 @@ class ScoringHead(nn.Linear):
     def forward(self, hidden, labels=None, byproducts=(), temperature=1.0):
         if labels is None:
             return super().forward(hidden)
-        scale = self.logit_scale
-        return self.score_with(hidden, self.weight, self.bias, labels, (scale, self.softcap, temperature), byproducts)
+        return self.score(hidden, self.weight, labels, byproducts, temperature)
+
+    def logits(self, hidden, weight=None):
+        """float32 logits (M, V)."""
+        weight = self.weight if weight is None else weight
+        return logits(hidden, weight, self.bias, (self.logit_scale, self.softcap, 1.0))
+
+    def score(self, hidden, weight, labels, byproducts, temperature):
+        return self.score_with(hidden, weight, self.bias, labels, (self.logit_scale, self.softcap, temperature), byproducts)
 
 
 def logits(hidden, weight, bias, transform):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def start_ranks(timeout_seconds):
@@ -48,7 +49,7 @@ def shard(model, mesh, dtype, reshard_after_forward):
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     groups = [(layer, reshard_after_forward) for layer in decoder_layers(model)]
     embed, head = model.get_input_embeddings(), model.lm_head
-    if head.weight is not embed.weight:  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
+    if not is_tied(model):  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
         groups += [(embed, reshard_after_forward), (head, False)]  # the backward pass begins with the head
     for module, reshard in (*groups, (model, False)):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -56,6 +57,37 @@ def shard(model, mesh, dtype, reshard_after_forward):
     for name in ("score", "decode"):
         register_fsdp_forward_method(model, name)
     model.is_gathered = False
+
+
+def is_tied(model):
+    """Whether head and embedding share a weight."""
+    return bool({*model.lm_head.parameters()} & {*model.get_input_embeddings().parameters()})
+
+
+def place(module, name, tensor, device):
+    """Give a parameter its values, of which each rank keeps its slice; `tensor` is whole on every rank."""
+    p = module._parameters[name]
+    tensor = tensor.to(device)
+    if isinstance(p, DTensor):
+        tensor = slice_of(tensor, p)
+    module._parameters[name] = nn.Parameter(tensor, requires_grad=p.requires_grad)
+
+
+def slice_of(tensor, like):
+    """Of a tensor that is whole on every rank, the DTensor with this rank's slice in memory of its own; no communication."""
+    sliced = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    own = sliced.to_local().clone()  # else it would keep the whole alive
+    return DTensor.from_local(own, sliced.device_mesh, sliced.placements, run_check=False, shape=sliced.shape, stride=sliced.stride())
+
+
+def whole(tensor):
+    """The tensor with all ranks' slices, on every rank; all must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    """This rank's slice."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def decoder_layers(model) -> list[nn.Module]:

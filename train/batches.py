@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
+from models.dropout import row_keys
 from models.logprobs import token_logps
 
 
@@ -54,6 +55,7 @@ def offline_steps(rows, train, seed, first, rank, ranks, quadratic):
     while True:
         chosen = examples_of(step, len(rows), train.global_batch_size, seed)
         dealt = micro_batches(rows, chosen, train.micro_batch_tokens, rank, ranks, quadratic)
+        dealt = [batch | {"row_keys": row_keys(seed, step, numbers(batch))} for batch in dealt]
         yield Step(dealt, len(chosen), {"rows": fingerprint(chosen)})
         step += 1
 
@@ -64,6 +66,12 @@ def micro_batches(rows, chosen, budget, rank, ranks, quadratic):
     lengths = [int(rows.lengths[i * k : i * k + k].sum()) for i in chosen]
     work = [int((n + quadratic * n * n).sum()) for n in (rows.lengths[i * k : i * k + k].double() for i in chosen)]
     return [collate(rows, chosen, bin) for bin in deal(lengths, work, budget, ranks)[rank]]
+
+
+def numbers(batch):
+    """(R,) numbers of a batch's rows in the step."""
+    k = len(batch["input_ids"]) // len(batch["positions"])
+    return (batch["positions"][:, None] * k + torch.arange(k)).flatten()
 
 
 def check_budget(rows, budget):

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from train import optim
+
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -62,7 +64,7 @@ def save(output_dir, step, model, optimizer, state, keep, reference=None, files=
 
 def local_tensors(model, optimizer, reference):
     """This rank's slices {key: (local tensor, first row, whole shape)} of weights and optimizer state, and the state's scalars."""
-    tensors, scalars = {}, {}
+    tensors, scalars, parts = {}, {}, {}
     slices = {f"reference.{name}": p.detach() for name, p in reference.named_parameters()} if reference else {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -71,12 +73,18 @@ def local_tensors(model, optimizer, reference):
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, DTensor):
                 slices[f"optimizer.{key}.{name}"] = value
+            elif isinstance(value, torch.Tensor) and value.ndim:
+                parts[f"optimizer.{key}.{name}"] = value, p
             else:
                 scalars[f"optimizer.{key}.{name}"] = float(value)
     for key, value in slices.items():
         rows = local_rows(value)
         if rows is not None:
             tensors[key] = (value.to_local().contiguous().cpu(), rows[0], list(value.shape))
+    for key, (value, p) in parts.items():  # of this rank's rows of p: bitsandbytes' states and their scales
+        rows = local_rows(p)
+        if rows is not None:
+            tensors[key] = (value.cpu(), rows[0], list(p.shape))
     return tensors, scalars
 
 
@@ -241,7 +249,7 @@ def load(folder, model, optimizer=None, reference=None):
             if p.requires_grad:
                 fill(p, f"model.{name}", where)
                 if optimizer is not None:
-                    optimizer.state[p] = optimizer_state(p, name, where, state["optimizer_scalars"])
+                    optim.restore(optimizer, p, optimizer_state(p, name, where, state["optimizer_scalars"]))
         for name, p in reference.named_parameters() if reference else ():
             fill(p, f"reference.{name}", where)
     except SafetensorError as e:
@@ -255,9 +263,27 @@ def optimizer_state(p, name, where, scalars):
         full = f"optimizer.{key}.{name}"
         if full in scalars:
             out[key] = torch.tensor(scalars[full], dtype=torch.float32, device=p.device)
+        elif key.startswith("absmax"):
+            continue  # goes with its codes
+        elif key.startswith("state") and full.replace("state", "absmax", 1) in where:
+            out[key], out[key.replace("state", "absmax")] = blocks(p, key, full, where)
         else:
             out[key] = fill(torch.zeros_like(p, dtype=torch.float32), full, where)
     return out
+
+
+def blocks(p, key, full, where):
+    """This rank's (codes, scales) of an 8-bit state: the same bytes where its rows are those of one file, else anew from float32."""
+    sizes, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    begin, end, floats = offset[0], offset[0] + sizes[0], []
+    for file, first, _ in where[full]:
+        codes, scales = file.get_tensor(full), file.get_tensor(full.replace("state", "absmax", 1))
+        low, high = max(begin, first), min(end, first + len(codes))
+        if (begin, end) == (first, first + len(codes)):
+            return codes, scales
+        if low < high:
+            floats.append(optim.to_floats(codes, scales, key)[low - first : high - first])
+    return optim.to_codes(torch.cat(floats), key) if floats else (torch.empty(0), torch.empty(0))
 
 
 def fill(tensor, key, where):

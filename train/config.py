@@ -52,6 +52,9 @@ OLD_NAMES = {  # what to do here: the names that other trainers have for it
     "set checkpoint.save_steps (0: at the end only)": "save_strategy save_every",
     "set checkpoint.resume": "resume_from_checkpoint",
     "set log.report_to": "metric_logger wandb",
+    "set train.optim": "optimizer optimizer_type optim_type",
+    "set lora.r": "lora_r lora_rank rank use_peft use_lora adapter",
+    "set model.quantization to nf4": "load_in_4bit use_4bit qlora bnb_4bit_quant_type",
     "rows are always packed, nothing to set": "packing packed sample_packing",
 }
 
@@ -95,11 +98,40 @@ class Model:
     """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: the fastest here."""
     logprobs: Literal["chunked", "eager"] = "chunked"
     """How log-probs leave the head. chunked: never more than a slice of (tokens x vocabulary) in memory; eager: plain autograd."""
+    quantization: Literal["nf4"] | None = None
+    """nf4 (QLoRA): linear layers are kept in 4 bits with double quantization, by bitsandbytes, and sharded so; needs `lora.r`."""
 
     def __post_init__(self):
         pinned = re.fullmatch("[0-9a-f]{40}", self.model_revision or "") or Path(self.model_name_or_path).is_dir()
         cure = "false, or a model.model_revision of 40 hex digits: a branch may hold other code tomorrow"
         require(pinned or not self.trust_remote_code, "model.trust_remote_code", self.trust_remote_code, cure)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters over a frozen base, by peft, whose names these are."""
+
+    r: int | None = None
+    """Rank of the adapters; null: all weights are trained."""
+    lora_alpha: float = 8
+    """An adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training; SFT alone."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of linear layers, a regular expression of whole names, or all-linear: all but the head."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """Train the length of each row of a weight apart from its direction (DoRA)."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained whole beside the adapters: lm_head, embed_tokens."""
+    adapter_name_or_path: str | None = None
+    """Folder of an adapter in peft's format to go on from, instead of a new one; the settings above must be those it was made with."""
+
+    def __post_init__(self):
+        at_least("lora", self, r=1, lora_alpha=0)
+        require(0 <= self.lora_dropout < 1, "lora.lora_dropout", self.lora_dropout, "a number from 0 up to, not including, 1")
+        require(self.target_modules, "lora.target_modules", self.target_modules, "names of linear layers, or all-linear")
 
 
 @dataclass(frozen=True)
@@ -160,6 +192,8 @@ class Train:
     """Decay of the mean of squared gradients."""
     adam_epsilon: float = 1e-8
     """Added to the root of the mean of squared gradients."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """adamw: torch's, fused; 8bit: bitsandbytes' with its state in 8 bits; paged: state that moves to the host where the GPU is full."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
 
@@ -314,6 +348,7 @@ class Config:
     """What is trained for; the block of this name holds its settings, and no other algorithm's block may be set."""
     seed: int = 42
     """Of everything that is drawn at random."""
+    lora: Lora = field(default_factory=Lora)
     train: Train = field(default_factory=Train)
     evaluation: Evaluation = field(default_factory=Evaluation)
     rollout: Rollout = field(default_factory=Rollout)
@@ -357,9 +392,27 @@ class Config:
             for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):  # vLLM's log-probs are then of what is left
                 value = getattr(self.grpo, name)
                 require(value == neutral, f"grpo.{name}", value, f"{neutral}, as it would bias the importance ratio to vLLM, {off}")
+        self.check_lora()
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")
+
+    def check_lora(self):
+        for name, value in asdict(self.lora).items():
+            used = self.lora.r or value == getattr(Lora(), name)
+            require(used, f"lora.{name}", value, "nothing while lora.r is null; set lora.r")
+        if self.lora.r is None:
+            cure = "null, or lora.r set: 4-bit weights cannot be trained, only adapters over them"
+            require(self.model.quantization is None, "model.quantization", self.model.quantization, cure)
+            return
+        name = self.model.model_name_or_path
+        drawn = self.model.from_scratch or (name.startswith("builtin:") and name != "builtin:sft")
+        require(not drawn, "lora.r", self.lora.r, "null for a model of random weights, which are kept nowhere")
+        cure = "false where lora.r is set and the reference is a model of its own: only a copy of the adapters can follow adapters"
+        following = self.reference.sync_ref_model and self.reference.model_name_or_path
+        require(not following, "reference.sync_ref_model", self.reference.sync_ref_model, cure)
+        cure = f"0 for {self.algorithm}: its losses compare log-probs, which dropout would blur (TRL sets it to 0 there in silence)"
+        require(self.algorithm == "sft" or not self.lora.lora_dropout, "lora.lora_dropout", self.lora.lora_dropout, cure)
 
 
 class Refused(Exception):

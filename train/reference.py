@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from models import attention, load, sharding
+from models import attention, load, lora, sharding
 from models.logprobs import token_logps
 from train.batches import micro_batches
 from train.log import say
@@ -44,7 +45,10 @@ def key_of(cfg, folder, device):
     for file in [home / "config.json", *([] if drawn else sorted(home.glob("*.safetensors")))]:
         with open(file, "rb") as f:
             digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
-    return {
+    more = {"quantization": cfg.model.quantization} if cfg.model.quantization else {}
+    if cfg.lora.adapter_name_or_path and other is None:
+        more["adapter"] = hashlib.sha256(Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+    return more | {
         "model": (other or cfg.model).model_name_or_path,
         "weights": digest.hexdigest()[:16] + (f" drawn from seed {cfg.seed}" if drawn else ""),
         "attention": attention.choose(cfg.model.attn_implementation, device, dtype),
@@ -115,9 +119,62 @@ def score(model, rows, chosen, dealt):
     return out
 
 
-def live(step, model):
-    """The step with `ref_logps` by a model that changes during training."""
-    return step._replace(micro_batches=[batch | {"ref_logps": token_logps_of(model, batch)} for batch in step.micro_batches])
+def live_model(cfg, policy, folder, device):
+    """The reference that scores rows during training: a model, or what makes one of a policy with adapters for as long as it scores."""
+    if cfg.lora.r is None or cfg.reference.model_name_or_path:
+        return build(cfg, folder, device).requires_grad_(False).eval()
+    fixed = not cfg.reference.sync_ref_model and not cfg.lora.adapter_name_or_path
+    return AdaptersOff(policy) if fixed else AdapterCopy(policy)
+
+
+class AdaptersOff:
+    """The base of a policy: what it was before its first update."""
+
+    def __init__(self, policy):
+        self.policy = policy
+
+    def scoring(self):
+        return lora.adapters_off(self.policy)
+
+
+class AdapterCopy(AdaptersOff):
+    """A copy of a policy's adapters over its own base, as a reference that may follow it.
+
+    Mixing adapters is not mixing weights: where the update's share of the policy is below 1, B and A are averaged apart.
+    """
+
+    def __init__(self, policy):
+        super().__init__(policy)
+        self.copies = {name: p.detach().clone() for name, p in lora.trained(policy).items()}
+
+    def named_parameters(self):
+        return self.copies.items()
+
+    def parameters(self):
+        return self.copies.values()
+
+    @contextmanager
+    def scoring(self):
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self):
+        for theirs, ours in zip(self.parameters(), lora.trained(self.policy).values()):
+            values = ours.to_local().clone()
+            ours.to_local().copy_(theirs.to_local())
+            theirs.to_local().copy_(values)
+
+
+def live(step, reference):
+    """The step with `ref_logps` by a reference that changes during training, or scores what is sampled in it."""
+    borrowed = isinstance(reference, AdaptersOff)
+    model = reference.policy if borrowed else reference
+    with reference.scoring() if borrowed else nullcontext():
+        return step._replace(micro_batches=[batch | {"ref_logps": token_logps_of(model, batch)} for batch in step.micro_batches])
 
 
 @torch.no_grad()
@@ -128,5 +185,5 @@ def token_logps_of(model, batch):
 @torch.no_grad()
 def follow(reference, policy, mixup):
     """TR-DPO's update of the reference, reference <- mixup * policy + (1 - mixup) * reference, slice by slice on each rank."""
-    for theirs, ours in zip(reference.parameters(), policy.parameters()):
+    for theirs, ours in zip(reference.parameters(), (p for p in policy.parameters() if p.requires_grad)):
         theirs.to_local().lerp_(ours.to_local(), mixup)

@@ -217,6 +217,9 @@ def test_the_file_is_named_when_it_is_the_file_that_is_wrong(write, refusal):
         ("bf16", "set model.dtype"),
         ("torch_dtype", "set model.dtype"),
         ("max_seq_length", "set data.max_length"),
+        ("load_in_4bit", "set model.quantization to nf4"),
+        ("lora_r", "set lora.r"),
+        ("optimizer", "set train.optim"),
     ],
 )
 def test_names_of_other_trainers(write, refusal, name, cure):
@@ -265,6 +268,9 @@ OUT_OF_RANGE = [
     ("checkpoint.save_steps", -1, "a number from 0 up"),
     ("checkpoint.save_total_limit", 0, "a number from 1 up"),
     ("log.logging_steps", 0, "a number from 1 up"),
+    ("lora.r", 0, "a number from 1 up"),
+    ("lora.lora_alpha", 16.0, "nothing while lora.r is null; set lora.r"),
+    ("model.quantization", "nf4", "null, or lora.r set: 4-bit weights cannot be trained, only adapters over them"),
 ]
 
 
@@ -342,6 +348,19 @@ def test_settings_that_do_not_fit_the_algorithm(write, refusal, algorithm, given
 def test_a_reference_of_grpo_with_a_kl_term(write):
     write(OK + "algorithm: grpo\ngrpo: {beta: 0.1}\nreference: {sync_ref_model: true}\n")
     assert config.parse(["--config", "x.yaml"]).reference.sync_ref_model
+
+
+def test_adapters_where_they_make_no_sense(write, refusal):
+    write(OK.replace("builtin:tiny", "x"))
+    run = ["--config", "x.yaml", "--lora.r=4"]
+    assert config.parse([*run, "--lora.target_modules", "[q_proj]"]).lora.target_modules == ["q_proj"]
+    assert config.parse([*run, "--model.quantization=nf4"]).lora.target_modules == "all-linear"
+    line = "--lora.r: got 4, expected null for a model of random weights, which are kept nowhere"
+    assert refusal(*run, "--model.from_scratch=true") == refusal(*run, "--model.model_name_or_path=builtin:tiny") == line
+    assert refusal(*run, "--lora.lora_dropout=1").endswith("expected a number from 0 up to, not including, 1")
+    assert refusal(*run, "--algorithm=dpo", "--lora.lora_dropout=0.1").startswith("--lora.lora_dropout: got 0.1, expected 0 for dpo: ")
+    synced = ["--algorithm=dpo", "--reference.sync_ref_model=true", "--reference.model_name_or_path=y"]
+    assert refusal(*run, *synced).startswith("--reference.sync_ref_model: got True, expected false where lora.r is set and ")
 
 
 def test_remote_code_needs_a_pinned_commit_or_a_local_folder(write, refusal):

@@ -63,11 +63,11 @@ def until(run, step):
         time.sleep(0.005)
 
 
-def assert_same_bytes(run, whole):
+def assert_same_bytes(run, whole, file="model.safetensors"):
     """What was measured, timings apart, and what was trained."""
     ours, expected = ([json.dumps({k: v for k, v in row.items() if k not in TIMINGS}) for row in r.metrics()] for r in (run, whole))
     assert ours == expected
-    assert (run.folder / "final/model.safetensors").read_bytes() == (whole.folder / "final/model.safetensors").read_bytes()
+    assert (run.folder / "final" / file).read_bytes() == (whole.folder / "final" / file).read_bytes()
 
 
 def test_killed_and_started_again_gives_the_same_bytes(settings, start, whole, tmp_path):
