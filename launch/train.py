@@ -7,9 +7,9 @@ and it goes on where it stood.
 import dataclasses
 import itertools
 import os
-import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
 from models import load, lora, sharding
-from train import batches, checkpoint, config, data, log, loop, optim, reference, rollouts, toy
+from train import batches, checkpoint, config, data, log, loop, optim, peers, reference, rollouts, toy
 from train.log import say
 
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
@@ -28,17 +28,24 @@ ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, 
 def main():
     cfg = config.parse()
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
+    peers.begin()
     progress = {}
     try:
         if cfg.model.model_name_or_path == "builtin:sft":
             cfg = after_sft(cfg, device)
-        state = run(cfg, device, progress)
+        try:
+            state = run(cfg, device, progress)
+        except peers.Preempted:  # before the first step to come; nothing is lost
+            state = "preempted"
         log.write_status(cfg.output_dir, state, progress["step"])
     except BaseException as e:
-        expected = isinstance(e, (ValueError, FloatingPointError))
-        print(f"rank {dist.get_rank()}: {e}" if expected else traceback.format_exc(), file=sys.stderr, flush=True)
+        expected, where = isinstance(e, (ValueError, FloatingPointError, checkpoint.SaveError)), peers.here["phase"]
+        words = str(e) if expected else f"failed in {where!r}: {traceback.format_exc()}"
+        print(f"rank {dist.get_rank()}: {words}", file=sys.stderr, flush=True)
+        if missing := peers.lost(e):
+            print(missing, file=sys.stderr, flush=True)
         if progress:  # a run that was refused leaves the status of the run that stands in its output_dir
-            log.write_status(cfg.output_dir, "failed", progress["step"], f"{type(e).__name__}: {e}")
+            log.write_status(cfg.output_dir, "failed", progress["step"], missing or f"{type(e).__name__}: {e}")
         os._exit(2 if isinstance(e, ValueError) else 1)  # the launcher ends the other ranks, which may wait for this one
     dist.barrier()
     dist.destroy_process_group()
@@ -49,12 +56,14 @@ def main():
 
 def run(cfg, device, progress):
     """The run that `cfg` describes; returns "finished" or "preempted". progress["step"], once it writes, is the last finished step."""
-    stop = catch_signals()
+    peers.now("reading model and data")
     algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
+    checkpoint.claim(cfg.output_dir)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     resumed, folder, tokenizer, rows, held_out, record = read_inputs(cfg, algorithm, settings, device)
     judges = rollouts.start_rewards(cfg, rows, held_out) if algorithm.ROWS == "prompts" else None
-    progress["step"] = checkpoint.read_state(resumed)["step"] if resumed else 0
+    before = checkpoint.read_state(resumed) if resumed else {"step": 0}
+    progress["step"] = saved = before["step"]
     if rank == 0:
         Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
         log.write_status(cfg.output_dir, "running", progress["step"])
@@ -65,13 +74,19 @@ def run(cfg, device, progress):
     parameters, trained, held = load.size(model)
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     first = progress["step"] + 1
-    last = batches.steps_in(len(rows), cfg.train, *(rollouts.sizes(cfg) if algorithm.ROWS == "prompts" else ()))
-    journal = log.Log(cfg.output_dir, cfg.log, first, last)
+    last = record["steps"]
+    journal = log.Log(cfg.output_dir, cfg.log, first, last, saved if "unevaluated" in before else None)
+    exported = 4 * trained if cfg.lora.r else parameters * (model.config.dtype or torch.float32).itemsize
+    size = trained * (4 + optim.state_bytes(cfg.train)) + (4 * trained if cfg.reference.sync_ref_model else 0)
+    saves = len([s for s in range(first, last + 1) if s == last or due(s, cfg.checkpoint.save_steps)])
+    checkpoint.check_space(cfg.output_dir, cfg.checkpoint, size, exported, saves)
+    peers.now("reference log-probs")
     rows, held_out, follower = with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out)
     changing = follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
     sampler = rollouts.Rollouts(cfg, folder, model, tokenizer, rows, judges, dealt, journal) if judges else None
     optimizer = optim.make_optimizer(model, cfg.train)
     state = checkpoint.load(resumed, model, optimizer, changing) if resumed else {"num_tokens": 0}
+    saver = checkpoint.Saver(cfg.output_dir, cfg.checkpoint, model, optimizer, changing)
     if sampler and resumed:
         sampler.restore(Path(resumed), state)
     steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
@@ -86,12 +101,13 @@ def run(cfg, device, progress):
 
     def source():
         stream = sampler.steps(first) if sampler else batches.offline_steps(rows, cfg.train, cfg.seed, first, *dealt[1:])
-        for number in itertools.count(first):
+        for number, drawn in zip(itertools.count(first), stream):  # drawn first: a rollout that is preempted comes again
             if changing and number > 1 and due(number - 1, cfg.reference.ref_model_sync_steps):
                 reference.follow(follower, model, cfg.reference.ref_model_mixup_alpha)
-            yield complete(next(stream))
+            yield complete(drawn)
 
     def test(step):
+        peers.now(f"step {step}: evaluation")
         return evaluate(cfg, algorithm, model, tokenizer, sampler, complete, held_out, dealt, journal, step, last) if held_out else {}
 
     def check(step, metrics):
@@ -100,33 +116,53 @@ def run(cfg, device, progress):
         elif step == 1 and algorithm.REFERENCE and cfg.reference.model_name_or_path is None:
             reference.check_first_step(metrics, settings.beta)
 
-    def report(step, metrics, preempted):
-        progress["step"] = step
-        if step == last or due(step, cfg.evaluation.steps):
-            metrics |= test(step)
-        journal.write(step, metrics)
-        if step == last or preempted or due(step, cfg.checkpoint.save_steps):
-            files, numbers = sampler.kept(step) if sampler else ({}, {})
-            known = record | {"num_tokens": metrics["num_tokens"]} | numbers
-            checkpoint.save(cfg.output_dir, step, model, optimizer, known, cfg.checkpoint.save_total_limit, changing, files)
+    def save(step, more):
+        nonlocal saved
+        peers.now(f"step {step}: saving")
+        files, numbers = sampler.kept(step) if sampler else ({}, {})
+        saver.save(step, record | {"num_tokens": state["num_tokens"]} | numbers | more, files)
+        saved = step
 
-    if first == 1:
-        journal.scalars(0, test(0))
-    outcome = loop.train(
-        *(model, algorithm, settings, source(), optimizer, lambda step: optim.learning_rate(cfg.train, last, step), first, last),
-        num_tokens=state["num_tokens"],
-        max_grad_norm=cfg.train.max_grad_norm,
-        stopping=lambda: bool(stop),
-        check=check,
-        report=report,
-    )
+    def report(step, metrics, preempted):
+        progress["step"], state["num_tokens"], owed = step, metrics["num_tokens"], {}
+        if step == last or due(step, cfg.evaluation.steps):
+            try:
+                metrics |= test(step)
+            except peers.Preempted:  # the next start evaluates, and writes the line of this step
+                owed = {"unevaluated": metrics}
+        if not owed:
+            journal.write(step, metrics)
+        if step == last or preempted or owed or due(step, cfg.checkpoint.save_steps):
+            save(step, owed)
+        if owed:
+            raise peers.Preempted
+
+    outcome = "preempted"
+    with suppress(peers.Preempted):
+        if first == 1:
+            journal.scalars(0, test(0))
+        if "unevaluated" in before:
+            journal.write(saved, before["unevaluated"] | test(saved))
+        outcome = loop.train(
+            *(model, algorithm, settings, source(), optimizer, lambda step: optim.learning_rate(cfg.train, last, step), first, last),
+            num_tokens=state["num_tokens"],
+            max_grad_norm=cfg.train.max_grad_norm,
+            stopping=peers.asked,
+            check=check,
+            report=report,
+        )
+    if progress["step"] > saved:  # preempted in a rollout
+        save(progress["step"], {})
+    saver.finish()
     for part in (journal, sampler):
         if part:
             part.close()
+    peers.now("export")
     if outcome == "finished":
         save = lora.save_adapter if cfg.lora.r else load.save_pretrained
         save(model, tokenizer, Path(cfg.output_dir, "final"))
         say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
+    checkpoint.release(cfg.output_dir)
     return outcome
 
 
@@ -155,6 +191,9 @@ def read_inputs(cfg, algorithm, settings, device):
         "data": rows.fingerprint,
         "folder": str(Path(folder).resolve()),
         "ranks": dist.get_world_size(),
+        "steps": batches.steps_in(len(rows), cfg.train, *(rollouts.sizes(cfg) if algorithm.ROWS == "prompts" else ())),
+        "weights": reference.weights_of(folder),
+        "rewards": rollouts.reward_files(cfg) if algorithm.ROWS == "prompts" else {},
     }
     if algorithm.REFERENCE and settings.beta:
         record["reference"] = reference.key_of(cfg, folder, device)
@@ -172,6 +211,8 @@ def after_sft(cfg, device):
         progress = {}
         outcome = run(first, device, progress)
         log.write_status(first.output_dir, outcome, progress["step"])
+        if outcome == "preempted":
+            raise peers.Preempted
         if outcome != "finished":
             raise ValueError(f"the SFT run in {first.output_dir} was {outcome}; run the same command again")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, model_name_or_path=str(final)))
@@ -184,6 +225,7 @@ def due(step, every):
 def evaluate(cfg, algorithm, model, tokenizer, sampler, complete, held_out, dealt, journal, step, last):
     """Held-out loss, or rewards, and generated answers, as `eval/` metrics; the last evaluation shows three answers."""
     metrics, samples = {}, []
+    peers.together()  # before a reference scores all held-out rows
     if not sampler:
         held = complete(batches.Step(batches.micro_batches(held_out, range(len(held_out)), *dealt), len(held_out), {}))
         metrics = loop.evaluate(model, algorithm, getattr(cfg, cfg.algorithm), held.micro_batches)
@@ -237,19 +279,6 @@ def prepare(cfg, part, source, split, tokenizer, algorithm, settings):
     if algorithm.ROWS != "prompts":
         batches.check_budget(rows, cfg.train.micro_batch_tokens)
     return rows
-
-
-def catch_signals():
-    """A list that is no longer empty once SIGTERM or SIGUSR1 has come; a second signal ends the process."""
-    received = []
-
-    def handler(number, _):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, handler)
-    return received
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from models import attention
 from models.sharding import gathered
+from train import peers
 
 BLOCK = {"cpu": 64, "cuda": 256}  # tokens: the part of the cache that attention reads grows in such steps; on CUDA each is a graph
 LANES = 128  # tokens of the vocabulary whose probabilities are first summed
@@ -45,19 +46,21 @@ def generate(model, prompts, keys, sampling, stops, batch_size=256):
 
     keys: 63-bit numbers, the random streams. stops: token ids that end a completion. batch_size: completions decoded at once on this
     rank, which costs memory for their caches. Ranks may call it with different prompts, and different numbers of them, between
-    collective operations.
+    collective operations. train.peers.Preempted on all of them once one is asked to stop.
     """
     done = [[None] * len(own) for own in keys]
     waiting = deque((i, j) for i, own in enumerate(keys) for j in range(len(own)))
     if not waiting:
         with gathered(model):  # the other ranks gather
-            return done
+            pass
+        peers.together()
+        return done
     with gathered(model), cached_attention(model):
         rows = min(batch_size, len(waiting))
         length = max(map(len, prompts)) + sampling.max_new_tokens
         decoder = Decoder(model, rows, length, sampling, stops)
         every = 16 if decoder.device.type == "cuda" else 4  # steps between two looks at which rows have ended
-        while waiting or decoder.places:
+        while (waiting or decoder.places) and not peers.asked():
             free = rows - len(decoder.places)
             if waiting and free >= max(1, rows // 8):
                 decoder.admit([waiting.popleft() for _ in range(min(free, len(waiting)))], prompts, keys)
@@ -66,6 +69,7 @@ def generate(model, prompts, keys, sampling, stops, batch_size=256):
                 decoder.step()
             for (i, j), completion in decoder.ended():
                 done[i][j] = completion
+    peers.together()
     return done
 
 

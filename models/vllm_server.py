@@ -99,8 +99,8 @@ class VllmServer:
         self.stop_ids = generate.stop_ids(model, tokenizer)
         dist.barrier()  # nobody samples before the new weights are there
 
-    def sample(self, prompts, keys, sampling):
-        """len(keys[i]) completions of each prompt i (token ids), in the keys' order: list[list[Completion]].
+    def sample(self, prompts, keys, sampling, stopping=lambda: False):
+        """len(keys[i]) completions of each prompt i (token ids), in the keys' order: list[list[Completion]]; none once `stopping()`.
 
         A key, a whole number, seeds one completion. sampling: a models.generate.Sampling. Ranks
         may call it with different prompts. RuntimeError for a server that is dead, slow or answers wrongly.
@@ -114,9 +114,13 @@ class VllmServer:
         pool = ThreadPoolExecutor(max_workers=min(max(len(jobs), 1), IN_FLIGHT))
         try:
             futures = [pool.submit(self.complete, job) for job in jobs]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()  # raises what went wrong
+            left = futures
+            while left:
+                if stopping():
+                    return []
+                done, left = wait(futures, timeout=1, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # raises what went wrong
             answers = iter([future.result() for future in futures])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -119,9 +119,8 @@ def read_metrics(output_dir):
 
 
 @pytest.fixture
-def train_here(one_rank, monkeypatch):
+def train_here(one_rank):
     """settings (dotted key: value) -> metrics of the steps of launch/train.py's run in this process, on one rank."""
-    monkeypatch.setattr(launcher, "catch_signals", list)
 
     def train(settings):
         cfg = config.parse(["--config", str(write_recipe(settings))])
@@ -134,13 +133,13 @@ def train_here(one_rank, monkeypatch):
 class Run:
     """`torchrun launch/train.py` with `settings` (dotted key: value), under way."""
 
-    def __init__(self, settings, ranks, script="launch/train.py"):
+    def __init__(self, settings, ranks, script="launch/train.py", more=()):
         self.folder = Path(settings["output_dir"])
         self.console = Path(f"{self.folder}.console")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         with open(self.console, "ab") as console:
             self.process = subprocess.Popen(
-                [*torchrun, ROOT / script, "--config", write_recipe(settings)],
+                [*torchrun, *more, ROOT / script, "--config", write_recipe(settings)],
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 cwd=self.folder.parent,
                 stdout=console,

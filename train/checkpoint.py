@@ -5,12 +5,16 @@ it is written under a temporary name and published by one rename, so a killed ru
 says which rows of which tensors it has, so any number of ranks can read what any other number wrote. Nothing is ever unpickled.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -20,50 +24,174 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from train import optim
+from train.log import say
 
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def save(output_dir, step, model, optimizer, state, keep, reference=None, files=None):
-    """Write `checkpoint-<step>` from all ranks, then drop all but the newest `keep` (None: keep all).
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
-    state: what state.json records. reference: a second model that training changes (TR-DPO). files: {name: function that writes it}, of
-    what all ranks have alike.
-    """
+
+class Saver:
+    """Writes the checkpoints of a run: at once, or with `checkpoint.async_save` in a thread, one at a time, while training goes on."""
+
+    def __init__(self, output_dir, cfg, model, optimizer, reference=None):
+        """cfg: the config's `checkpoint` block. reference: a second model that training changes (TR-DPO)."""
+        self.output_dir, self.cfg, self.held = output_dir, cfg, (model, optimizer, reference)
+        self.group = dist.new_group(backend="gloo") if cfg.async_save else None  # a thread's collectives must not meet the loop's
+        self.thread = self.error = None
+
+    def save(self, step, state, files=None):
+        """Write `checkpoint-<step>` from all ranks, then drop all but the newest `save_total_limit`.
+
+        state: what state.json records. files: {name: function that writes it}, of what all ranks have alike.
+        """
+        self.finish()
+        tensors, scalars = local_tensors(*self.held, copy=self.cfg.async_save)
+        what = step, tensors, state | {"step": step, "optimizer_scalars": scalars}, files
+        if self.cfg.async_save:
+            self.thread = threading.Thread(target=self.write, args=what)
+            self.thread.start()
+        else:
+            self.write(*what)
+            self.finish()
+
+    def write(self, *args):
+        try:
+            publish(self.output_dir, *args, self.cfg.save_total_limit, self.group)
+        except Exception as e:
+            self.error = e
+
+    def finish(self):
+        """Wait for what is being written. A SaveError that it met stops the run, or is said, by `checkpoint.on_save_error`."""
+        if self.thread:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error and self.cfg.on_save_error == "warn" and isinstance(error, SaveError):
+            say(f"warning: {error}")
+        elif error:
+            raise error
+
+
+def publish(output_dir, step, tensors, state, files, keep, group=None):
+    """Write a checkpoint from all ranks and give it its name; SaveError on all of them if that failed on one."""
     final = Path(output_dir, f"checkpoint-{step}")
     temporary = Path(output_dir, f".tmp-checkpoint-{step}")
-    rank = dist.get_rank()
-    if rank == 0:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    names = [f"rank-{r:05d}-of-{ranks:05d}.safetensors" for r in range(ranks)]
+    entry = torch.zeros(33, dtype=torch.int64)
+    entries = [torch.zeros_like(entry) for _ in names]
+
+    def begin():
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    dist.barrier()
-    tensors, scalars = local_tensors(model, optimizer, reference)
-    name = f"rank-{rank:05d}-of-{dist.get_world_size():05d}.safetensors"
-    entry = write(temporary / name, tensors)
-    entries = [torch.zeros_like(entry) for _ in range(dist.get_world_size())]
-    dist.all_gather(entries, entry)
-    if rank == 0:
-        names = [f"rank-{r:05d}-of-{len(entries):05d}.safetensors" for r in range(len(entries))]
-        for extra, put_there in (files or {}).items():
-            put_there(temporary / extra)
-            sync(temporary / extra)
-            names.append(extra)
-            entries.append(entry_of(temporary / extra))
-        files = {name: {"bytes": int(e[0]), "sha256": bytes(e[1:].tolist()).hex()} for name, e in zip(names, entries)}
-        text = json.dumps(state | {"step": step, "optimizer_scalars": scalars}, indent=1).encode()
-        files["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-        put(temporary / "state.json", text)
-        put(temporary / "manifest.json", json.dumps({"step": step, "files": files}, indent=1).encode())
-        sync(temporary)
+
+    def complete():
+        complete_folder(temporary, names, entries, state, files or {})
         shutil.rmtree(final, ignore_errors=True)  # only one that was rejected when this run resumed can stand here
         os.rename(temporary, final)
         sync(final.parent)
         prune(output_dir, step, keep)
-    dist.barrier()
+
+    size = sum(t.nbytes for t, _, _ in tensors.values())
+    attempt(begin if rank == 0 else None, temporary, size, group)
+    attempt(lambda: entry.copy_(write(temporary / names[rank], tensors)), temporary / names[rank], size, group)
+    dist.all_gather(entries, entry, group=group)
+    attempt(complete if rank == 0 else None, temporary, size, group)
 
 
-def local_tensors(model, optimizer, reference):
-    """This rank's slices {key: (local tensor, first row, whole shape)} of weights and optimizer state, and the state's scalars."""
+def attempt(function, path, size, group):
+    """Run it, then SaveError on every rank if it failed on one: a rank that stopped alone would leave the others waiting."""
+    problem = None
+    try:
+        if function:
+            function()
+    except (OSError, SafetensorError) as e:
+        cause = getattr(e, "strerror", None) or str(e)
+        problem = f"checkpoint.save_steps: {path}: {cause} ({size:,} bytes to write, {free_bytes(path):,} free)"
+    if problem := agree(problem, group):
+        if dist.get_rank() == 0:
+            folder = next((p for p in (path, *path.parents) if p.name.startswith(".tmp-checkpoint-")), None)
+            shutil.rmtree(folder, ignore_errors=True)
+        raise SaveError(problem)
+
+
+def complete_folder(folder, names, entries, state, files):
+    """Put what is the same on all ranks beside their files, and the manifest of it all; flushed to the disk."""
+    names, entries = list(names), list(entries)
+    for extra, put_there in files.items():
+        put_there(folder / extra)
+        sync(folder / extra)
+        names.append(extra)
+        entries.append(entry_of(folder / extra))
+    listed = {name: {"bytes": int(e[0]), "sha256": bytes(e[1:].tolist()).hex()} for name, e in zip(names, entries)}
+    text = json.dumps(state, indent=1).encode()
+    listed["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    put(folder / "state.json", text)
+    put(folder / "manifest.json", json.dumps({"step": state["step"], "files": listed}, indent=1).encode())
+    sync(folder)
+
+
+def free_bytes(path):
+    """Room on the disk that a path is on, or would be."""
+    return shutil.disk_usage(next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())).free
+
+
+def check_space(output_dir, cfg, size, exported, saves):
+    """ValueError where the disk has no room for the checkpoints to come, of `size` bytes each, and the exported model.
+
+    saves: how many will be written. One more than `save_total_limit` stand at a time, as an old one is removed only after.
+    """
+    standing = len(found(output_dir))
+    most = standing + saves if cfg.save_total_limit is None else min(standing + saves, cfg.save_total_limit + 1)
+    need, free = int(1.1 * (max(1, most - standing) * size + exported)), free_bytes(output_dir)
+    problem = None
+    if dist.get_rank() == 0 and need > free:
+        problem = (
+            f"checkpoint.save_total_limit: {max(1, most - standing)} more checkpoints of {size:,} bytes and the final model need {need:,} "
+            f"bytes with a tenth to spare, but {output_dir} has {free:,} free; make room, lower it, or choose another output_dir"
+        )
+    if problem := agree(problem):
+        raise ValueError(problem)
+
+
+CLAIMED = {}  # output_dir -> the open file that holds its lock; the kernel releases it when this process ends, however it ends
+
+
+def claim(output_dir):
+    """Refuse an output_dir that another process is writing to: ValueError on every rank. Rank 0 holds it from then on."""
+    problem, key = None, os.path.realpath(output_dir)
+    if dist.get_rank() == 0 and key not in CLAIMED:
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+            file = open(Path(output_dir, ".lock"), "a+")  # noqa: SIM115  open for as long as the run
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
+                CLAIMED[key] = file
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                problem = f"output_dir: {output_dir} is being written by {file.read().strip()}; end that run, or choose another"
+            except OSError:
+                pass  # a file system without locks
+        except OSError as e:
+            problem = f"output_dir: {output_dir} cannot be written: {e.strerror}"
+    if problem := agree(problem):
+        raise ValueError(problem)
+
+
+def release(output_dir):
+    if file := CLAIMED.pop(os.path.realpath(output_dir), None):
+        file.close()
+
+
+def local_tensors(model, optimizer, reference, copy=False):
+    """This rank's slices {key: (local tensor, first row, whole shape)} of weights and optimizer state, and the state's scalars.
+
+    copy: in memory of their own, so that training may go on while they are written.
+    """
     tensors, scalars, parts = {}, {}, {}
     slices = {f"reference.{name}": p.detach() for name, p in reference.named_parameters()} if reference else {}
     for name, p in model.named_parameters():
@@ -80,11 +208,11 @@ def local_tensors(model, optimizer, reference):
     for key, value in slices.items():
         rows = local_rows(value)
         if rows is not None:
-            tensors[key] = (value.to_local().contiguous().cpu(), rows[0], list(value.shape))
+            tensors[key] = (value.to_local().contiguous().to("cpu", copy=copy), rows[0], list(value.shape))
     for key, (value, p) in parts.items():  # of this rank's rows of p: bitsandbytes' states and their scales
         rows = local_rows(p)
         if rows is not None:
-            tensors[key] = (value.cpu(), rows[0], list(p.shape))
+            tensors[key] = (value.to("cpu", copy=copy), rows[0], list(p.shape))
     return tensors, scalars
 
 
@@ -188,13 +316,13 @@ def check_file(folder, name, expected):
     return None if digest(path).hex() == expected["sha256"] else f"{name}: sha256 differs"
 
 
-def agree(problem):
+def agree(problem, group=None):
     """The first rank's problem that has one, on every rank."""
-    text = (problem or "").encode()[:256]
-    mine = torch.zeros(256, dtype=torch.uint8)
+    text = (problem or "").encode()[:2048]
+    mine = torch.zeros(2048, dtype=torch.uint8)
     mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
+    dist.all_gather(everyone, mine, group=group)
     texts = [bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in everyone]
     return next((t for t in texts if t), None)
 
@@ -205,6 +333,7 @@ def read_state(folder):
 
 MAY_CHANGE = ("output_dir", "checkpoint", "log", "evaluation", "fsdp", "data.eval", "data.eval_split", "train.micro_batch_tokens")
 MAY_CHANGE += ("rollout.max_num_seqs", "rollout.reward_seconds", "rollout.reward_workers")
+MAY_CHANGE += ("train.max_steps", "train.num_train_epochs")  # see `schedule_problem`
 
 
 def check_inputs(state, inputs):
@@ -216,8 +345,13 @@ def check_inputs(state, inputs):
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     ]
     old, new = state.get("reference", {}), inputs.get("reference", {})
-    changed = [name for name in ("model", "weights") if old.get(name) != new.get(name)]
+    changed = [name for name in ("model", "weights", "adapter") if old.get(name) != new.get(name)]
     differences += [f"reference {name}: {old.get(name)} then, {new.get(name)} now" for name in changed]
+    if "weights" in state and state["weights"] != inputs["weights"]:  # not in checkpoints of early versions
+        differences.append(f"model.model_name_or_path: the weights of {inputs['folder']} are others than then")
+    then, now = state.get("rewards", {}), inputs["rewards"]
+    differences += [f"grpo.reward_funcs: the file of {name} has changed" for name in now if name in then and then[name] != now[name]]
+    differences += schedule_problem(state, inputs)
     if state["data"] != inputs["data"]:
         differences.append("data.train: the tokenised rows differ")
     if differences:
@@ -225,6 +359,18 @@ def check_inputs(state, inputs):
             f"checkpoint.resume: the checkpoint of step {state['step']} was made with other settings: {'; '.join(differences)}. "
             "Restore them, or choose another output_dir"
         )
+
+
+def schedule_problem(state, inputs):
+    """Another number of steps is no other run as long as the steps done so far have had the learning rates that it gives them."""
+    then, now, train = state.get("steps"), inputs["steps"], SimpleNamespace(**inputs["config"]["train"])
+    if then == now:
+        return []
+    done = range(1, state["step"] + 1)
+    if then and now >= state["step"] and all(optim.learning_rate(train, then, s) == optim.learning_rate(train, now, s) for s in done):
+        return []
+    cure = "the steps done so far would have had other learning rates; constant, or warmup_stable_decay before its decay, can be prolonged"
+    return [f"train.max_steps: {then} steps in all then, {now} now ({cure})"]
 
 
 def flat(settings, prefix=""):

@@ -301,6 +301,10 @@ class Checkpoint:
     """Save every this many optimizer steps, and at the end; 0: at the end only."""
     save_total_limit: int | None = 2
     """Newest checkpoints kept; null: all."""
+    async_save: bool = False
+    """Training goes on while a checkpoint, copied to the host's memory, is written; a next one waits for it."""
+    on_save_error: Literal["stop", "warn"] = "stop"
+    """What a checkpoint that cannot be written (a full disk) does; in the background it is seen at the next one. warn: say it, go on."""
     resume: str = "auto"
     """auto: the newest whole checkpoint of `output_dir`, if any; never: refuse a used `output_dir`; or a checkpoint folder."""
 

@@ -40,20 +40,24 @@ def write_status(output_dir, state, step, error=None):
 class Log:
     """The open files of a run's metrics."""
 
-    def __init__(self, output_dir, cfg, first, last):
-        """first: the step that comes next; lines of it and later ones, left by a killed run, are taken out of the .jsonl files."""
+    def __init__(self, output_dir, cfg, first, last, again=None):
+        """first: the step that comes next; lines of it and later ones, left by a killed run, are taken out of the .jsonl files.
+
+        again: the step before, if its evaluation is yet to come; then its lines too, but for a rollout's samples.
+        """
         self.path, self.every, self.last = Path(output_dir, "metrics.jsonl"), cfg.logging_steps, last
         self.bar = self.file = self.board = None
         if dist.get_rank() != 0:
             return
         for path in (self.path, self.path.with_name("samples.jsonl")):
-            kept = [line for line in complete_lines(path) if json.loads(line)["step"] < first and first > 1]
+            rows = [(line, json.loads(line)) for line in complete_lines(path) if first > 1]
+            kept = [line for line, row in rows if row["step"] < first and (row["step"] != again or "advantage" in row)]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
         self.file = open(self.path, "a")  # noqa: SIM115  open for as long as the run
         if "tensorboard" in cfg.report_to:
-            self.board = SummaryWriter(str(Path(output_dir, "tensorboard")), purge_step=first)
+            self.board = SummaryWriter(str(Path(output_dir, "tensorboard")), purge_step=again or first)
         if sys.stderr.isatty():
             self.bar = tqdm(total=last, initial=first - 1, unit="step", dynamic_ncols=True)
 

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from models.generate import greedy
 from models.logprobs import token_logps
+from train import peers
 
 
 def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num_tokens, max_grad_norm, stopping, check, report):
@@ -29,8 +30,10 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
     parameters = [p for p in model.parameters() if p.requires_grad]
     for step in range(first, last + 1):
         began = time.perf_counter()
+        peers.now(f"step {step}: drawing rows")
         micro_batches, _, known = next(source)
         waited = time.perf_counter() - began
+        peers.now(f"step {step}: training")
         totals = total_counts(algorithm, micro_batches, stopping())
         preempted = totals.pop("stopping") > 0
         optimizer.zero_grad()
@@ -64,7 +67,8 @@ def evaluate(model, algorithm, settings, micro_batches):
     totals = total_counts(algorithm, micro_batches, False)
     with torch.no_grad():
         device = model.lm_head.weight.device
-        metrics = summed(accumulate(model, algorithm, settings, micro_batches, totals, device, backward=False), device)
+        sums = accumulate(model, algorithm, settings, peers.between(micro_batches), totals, device, backward=False)
+        metrics = summed(sums, device)
     model.train()
     return metrics
 

@@ -25,6 +25,11 @@ def make_optimizer(model, train):
     return OnShards(groups, train.optim, settings)
 
 
+def state_bytes(train):
+    """Of a trained weight in the optimizer."""
+    return 2 if train.optim.endswith("8bit") else 8
+
+
 class OnShards:
     """bitsandbytes' AdamW, which knows no DTensor: it gets this rank's part of each parameter, in the same memory.
 

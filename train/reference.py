@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from models import attention, load, lora, sharding
 from models.logprobs import token_logps
+from train import peers
 from train.batches import micro_batches
 from train.log import say
 
@@ -40,20 +41,33 @@ def key_of(cfg, folder, device):
     """Everything but the rows that reference log-probs depend on; weights by a digest of their files, or of their shape and seed."""
     other = named(cfg)
     drawn = other is None and (cfg.model.from_scratch or cfg.model.model_name_or_path.startswith("builtin:"))
-    dtype, digest = sharding.compute_dtype(cfg.model.dtype, device), hashlib.sha256()
-    home = Path(load.fetch(other) if other else folder)
-    for file in [home / "config.json", *([] if drawn else sorted(home.glob("*.safetensors")))]:
-        with open(file, "rb") as f:
-            digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
+    dtype = sharding.compute_dtype(cfg.model.dtype, device)
     more = {"quantization": cfg.model.quantization} if cfg.model.quantization else {}
     if cfg.lora.adapter_name_or_path and other is None:
         more["adapter"] = hashlib.sha256(Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
     return more | {
         "model": (other or cfg.model).model_name_or_path,
-        "weights": digest.hexdigest()[:16] + (f" drawn from seed {cfg.seed}" if drawn else ""),
+        "weights": weights_of(load.fetch(other) if other else folder, drawn and cfg.seed),
         "attention": attention.choose(cfg.model.attn_implementation, device, dtype),
         "dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def weights_of(folder, seed=False):
+    """What tells a model's weights from others: a digest of its files, or of its shape and the seed that they are drawn from.
+
+    A collective, as the ranks share the reading.
+    """
+    digest, seeded, home = hashlib.sha256(), seed is not False, Path(folder)
+    files = [f for f in (home / "config.json", *([] if seeded else sorted(home.glob("*.safetensors")))) if f.exists()]
+    digests = torch.zeros(len(files), 32, dtype=torch.uint8)
+    for i in range(len(files))[dist.get_rank() :: dist.get_world_size()]:
+        with open(files[i], "rb") as f:
+            digests[i] = torch.tensor(list(hashlib.file_digest(f, "sha256").digest()), dtype=torch.uint8)
+    dist.all_reduce(digests)
+    for file, own in zip(files, digests.tolist()):
+        digest.update(f"{file.name} {bytes(own).hex()} ".encode())
+    return digest.hexdigest()[:16] + (f" drawn from seed {seed}" if seeded else "")
 
 
 def with_logps(rows, policy, key, cfg, folder, device, dealt):
@@ -107,7 +121,7 @@ def score(model, rows, chosen, dealt):
     out = torch.zeros(int(rows.offsets[(chosen[-1] + 1) * k]) - base)  # (n,)
     training = model.training
     model.eval()
-    for batch in micro_batches(rows, chosen, *dealt):
+    for batch in peers.between(micro_batches(rows, chosen, *dealt)):
         logps = token_logps(model, batch)["logps"].cpu()  # (R, T)
         if "placeholder" in batch:
             continue

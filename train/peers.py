@@ -1,0 +1,122 @@
+"""What ranks tell each other beside collectives: that one was asked to stop, where each stands, and whether it lives.
+
+It goes through the store by which the ranks found each other, from a thread of each, so it also works while a collective hangs.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+BEAT = 0.5  # seconds between two signs of life
+AGAIN = 2.0  # seconds; a signal that comes sooner is the first one twice, as a process group's and torchrun's copy of it
+SILENCE = 4 * BEAT  # what tells a dead rank from a waiting one
+
+received = []  # signals of this process, and "another rank" once one of those was signalled
+here = {"phase": "start", "since": time.monotonic()}
+wake = threading.Event()
+
+
+class Preempted(Exception):
+    """All ranks leave what they do, as one of them was asked to stop."""
+
+
+def begin():
+    """Catch SIGTERM and SIGUSR1, a second one of which ends the process; and begin to tell the other ranks."""
+    first = []
+
+    def handler(number, _):
+        received.append(number)
+        wake.set()
+        first.append(time.monotonic())
+        if first[-1] - first[0] > AGAIN:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handler)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: without torchrun nobody would end this process
+    if dist.get_world_size() > 1:
+        here["store"] = _get_default_store().clone()  # a connection of its own: this process may wait in the other one
+        threading.Thread(target=tell, args=(here["store"],), daemon=True).start()
+
+
+def tell(store):
+    """A thread's life: post where this rank stands, and look whether another was asked to stop."""
+    rank, count = dist.get_rank(), 0
+    with suppress(RuntimeError):  # the store ends with torchrun or rank 0
+        while True:
+            count += 1
+            store.set(f"peers/beat/{rank}", str(count))
+            store.set(f"peers/phase/{rank}", here["phase"])
+            if received:
+                store.set("peers/stop", "")
+            elif store.check(["peers/stop"]):
+                received.append("another rank")
+            wake.wait(BEAT)
+            wake.clear()
+
+
+def now(phase):
+    """Say what this rank does from now on."""
+    here.update(phase=phase, since=time.monotonic())
+    wake.set()
+
+
+def asked():
+    """Whether this rank knows that the run was asked to stop; others may not know it yet."""
+    return bool(received)
+
+
+def together():
+    """A collective: Preempted on every rank if any was asked to stop."""
+    count = torch.tensor(float(asked()))
+    dist.all_reduce(count)
+    if count:
+        received.append("another rank")
+        raise Preempted
+
+
+def between(items):
+    """The items, with a look before each whether to stop; every rank must have equally many."""
+    for item in items:
+        together()
+        yield item
+
+
+def lost(error):
+    """Which ranks are missing, and where they were, if `error` is that of a collective; else tells the others of it. Returns words."""
+    rank, world, words = dist.get_rank(), dist.get_world_size(), []
+    of_a_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+    with suppress(RuntimeError):
+        store = here.get("store")
+        if store:
+            store.set(f"peers/failed/{rank}", "" if of_a_collective else f"{type(error).__name__}: {error}"[:300])
+        if not (store and of_a_collective):
+            return ""
+
+        def read(kind, r):
+            key = f"peers/{kind}/{r}"
+            return store.get(key).decode() if store.check([key]) else None
+
+        others = [r for r in range(world) if r != rank]
+        beats = {r: read("beat", r) for r in others}
+        time.sleep(SILENCE)
+        for r in others:
+            failed, phase = read("failed", r), read("phase", r)
+            if failed:
+                words.append(f"rank {r} failed in {phase!r}: {failed}")
+            elif failed is None:
+                lives = read("beat", r) != beats[r]
+                how = "does not answer" if lives else f"gives no sign of life for {SILENCE:g} s"
+                words.append(f"rank {r} {how}; it was last in {phase!r}")
+    waited = time.monotonic() - here["since"]
+    return f"rank {rank} waited in {here['phase']!r}, begun {waited:.0f} s ago, for: " + ("; ".join(words) or "a rank that is gone")
