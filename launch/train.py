@@ -31,13 +31,14 @@ def main():
     peers.begin()
     progress = {}
     try:
-        if cfg.model.model_name_or_path == "builtin:sft":
-            cfg = after_sft(cfg, device)
         try:
+            if cfg.model.model_name_or_path == "builtin:sft":
+                cfg = after_sft(cfg, device)
             state = run(cfg, device, progress)
-        except peers.Preempted:  # before the first step to come; nothing is lost
+        except peers.Preempted:  # in a reference pass, or in the SFT run; nothing is lost
             state = "preempted"
-        log.write_status(cfg.output_dir, state, progress["step"])
+        if progress:
+            log.write_status(cfg.output_dir, state, progress["step"])
     except BaseException as e:
         expected, where = isinstance(e, (ValueError, FloatingPointError, checkpoint.SaveError)), peers.here["phase"]
         words = str(e) if expected else f"failed in {where!r}: {traceback.format_exc()}"
