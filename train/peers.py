@@ -45,7 +45,10 @@ def begin():
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: without torchrun nobody would end this process
     if dist.get_world_size() > 1:
-        here["store"] = _get_default_store().clone()  # a connection of its own: this process may wait in the other one
+        start = torch.tensor([time.time_ns()])  # torchrun's store outlives a restart, and a stop of before is none of this start
+        dist.broadcast(start, 0)
+        # a connection of its own: this process may wait in the other one
+        here["store"] = dist.PrefixStore(str(start.item()), _get_default_store().clone())
         threading.Thread(target=tell, args=(here["store"],), daemon=True).start()
 
 
@@ -118,5 +121,7 @@ def lost(error):
                 lives = read("beat", r) != beats[r]
                 how = "does not answer" if lives else f"gives no sign of life for {SILENCE:g} s"
                 words.append(f"rank {r} {how}; it was last in {phase!r}")
+    if rank == 0:
+        time.sleep(SILENCE / 2)  # the store may be this process's, and others still read it
     waited = time.monotonic() - here["since"]
     return f"rank {rank} waited in {here['phase']!r}, begun {waited:.0f} s ago, for: " + ("; ".join(words) or "a rank that is gone")

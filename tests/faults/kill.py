@@ -91,6 +91,7 @@ def kills(nursery, folder, number, seconds):
         given = settings_of(folder / f"run{runs}", folder, STEPS, checkpoint__async_save=runs % 2 == 1)
         runs += 1
         for _ in range(6):
+            started = time.time()
             run = nursery.start(given, 2)
             done = len(run.metrics())
             while len(run.metrics()) == done and not run.ended():
@@ -99,7 +100,7 @@ def kills(nursery, folder, number, seconds):
             if run.ended():
                 break
             run.kill()
-            killed, inside = killed + 1, inside + bool(list(run.folder.glob(".tmp-checkpoint-*")))
+            killed, inside = killed + 1, inside + any(p.stat().st_mtime > started for p in run.folder.glob(".tmp-checkpoint-*"))
             newest = max((int(p.name.partition("-")[2]) for p in run.folder.glob("checkpoint-*")), default=0)
             lost = max(lost, len(run.metrics()) - newest)
         last = nursery.start(given, 2)

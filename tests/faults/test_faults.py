@@ -179,7 +179,7 @@ ASKED = {
 def test_asked_to_stop(when, nursery, settings, whole, tmp_path):
     """F6, F7: whoever gets the signal, all save and end well; what comes of the next start has the same bytes."""
     kind, fault, step = ASKED[when]
-    given = settings(tmp_path / "run", kind, {"checkpoint.save_steps": 0})
+    given = settings(tmp_path / "run", kind, {"checkpoint.save_steps": int(when == "in a save"), "checkpoint.save_total_limit": 1})
     run = nursery.start(given, 2, fault).good()
     status = run.status()
     assert (status["state"], status["error"]) == ("preempted", None)
@@ -218,7 +218,8 @@ def test_signal_to_torchrun(number, start, settings, whole, tmp_path):
     assert not alive
     run.process.wait(timeout=15)
     status = run.status()
-    assert status["state"] == "preempted" and status["step"] == max(checkpoint.found(run.folder)) == len(run.metrics())
+    assert status["state"] == "preempted" and status["step"] == max(checkpoint.found(run.folder))
+    assert len(run.metrics()) in (status["step"] - 1, status["step"]), "the evaluation may be yet to come"
 
 
 # ---- dead and stuck ranks ------------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def test_the_missing_rank_is_named(do, nursery, settings, tmp_path):
         time.sleep(0.01)
     began, others = time.monotonic(), [psutil.Process(run.pids[r]) for r in (0, 2)]
     while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in others):
-        assert time.monotonic() - began < limit + peers.SILENCE + 8, run.console.read_text()[-4000:]
+        assert time.monotonic() - began < limit + 2 * peers.SILENCE + 8, run.console.read_text()[-4000:]
         time.sleep(0.05)
     run.signal(signal.SIGKILL, [1])
     codes = run.wait()
@@ -379,10 +380,10 @@ CHANGES = {
     "reward": "grpo.reward_funcs: the file of ",
     "data": "data.train: the tokenised rows differ",
     "lora.r": "lora.r: 4 then, 8 now",
-    "lora.lora_alpha": "lora.lora_alpha: 8 then, 4 now",
+    "lora.lora_alpha": "lora.lora_alpha: 8 then, 4.0 now",
     "seed": "seed: 42 then, 7 now",
     "algorithm": "algorithm: dpo then, simpo now",
-    "train.max_steps": "train.max_steps: 10 steps in all then, 20 now (the steps done so far would have had other learning rates",
+    "train.max_steps": "train.max_steps: 3 steps in all then, 20 now (the steps done so far would have had other learning rates",
 }
 
 
@@ -397,11 +398,9 @@ def test_changed_inputs_are_refused(what, settings, files, train_here, tmp_path)
     given = {k: v.replace(str(files), str(own)) if isinstance(v, str) else v for k, v in settings(tmp_path / "run", kind).items()}
     if what == "reward":
         given["grpo.reward_funcs"] = [f"{own}/rewards.py:early"]
-    peers.received.append("a test")
-    try:
-        train_to(given, train_here)
-    finally:
-        peers.received.clear()
+    given |= {"train.max_steps": 3, "data.eval": None}
+    given = {key: value for key, value in given.items() if not key.startswith("evaluation.")}
+    train_here(given)
     if what == "weights":
         path = own / "model" / "model.safetensors"
         tensors = {k: t * 1.5 for k, t in load_file(path).items()}
@@ -414,12 +413,6 @@ def test_changed_inputs_are_refused(what, settings, files, train_here, tmp_path)
     with pytest.raises(ValueError, match="was made with other settings") as error:
         train_here(given)
     assert CHANGES[what] in str(error.value)
-
-
-def train_to(given, train_here):
-    """As far as a run comes that was asked to stop before it began."""
-    with pytest.raises((AssertionError, peers.Preempted)):
-        train_here(given | {"data.eval": None, "evaluation.steps": 0, "evaluation.generate": 0})
 
 
 def test_what_may_change(settings, train_here, tmp_path):
