@@ -86,6 +86,7 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
     if adapted:
         lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
     generate.add_decoder(model)
+    sharding.wrap_layers(model, fsdp.activation_checkpointing, cfg.compile)
     sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
     with lora.unwrapped(model):
         if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):

@@ -94,10 +94,12 @@ class Model:
     """Random weights of the model's shape instead of its trained ones."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What layers compute in; master weights, log-probs and reductions stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
-    attn_implementation: Literal["auto", "sdpa", "varlen"] = "auto"
-    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: the fastest here."""
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: varlen, else sdpa."""
     logprobs: Literal["chunked", "eager"] = "chunked"
     """How log-probs leave the head. chunked: never more than a slice of (tokens x vocabulary) in memory; eager: plain autograd."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: faster steps after a minute or so of compiling."""
     quantization: Literal["nf4"] | None = None
     """nf4 (QLoRA): linear layers are kept in 4 bits with double quantization, by bitsandbytes, and sharded so; needs `lora.r`."""
 
@@ -288,6 +290,8 @@ class Fsdp:
     """Groups of ranks that each hold a whole sharded model (HSDP when above 1)."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward; false: faster, more memory."""
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    """What a layer keeps for the backward pass. selective: its products; full: its input; offload: its input, in the host's memory."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the job."""
 
@@ -393,6 +397,9 @@ class Config:
                 value = getattr(self.grpo, name)
                 require(value == neutral, f"grpo.{name}", value, f"{neutral}, as it would bias the importance ratio to vLLM, {off}")
         self.check_lora()
+        own = self.model.compile and self.fsdp.activation_checkpointing == "selective"
+        cure = "none, full or offload where model.compile is on, which chooses by itself what a layer keeps"
+        require(not own, "fsdp.activation_checkpointing", "selective", cure)
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")
