@@ -98,12 +98,16 @@ class Model:
     """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: varlen, else sdpa."""
     logprobs: Literal["chunked", "eager"] = "chunked"
     """How log-probs leave the head. chunked: never more than a slice of (tokens x vocabulary) in memory; eager: plain autograd."""
+    kernels: list[Literal["rms_norm", "swiglu", "rope"]] = field(default_factory=list)
+    """Operations of a decoder layer that Liger's kernels take over, on a GPU; what was swapped is printed."""
     compile: bool = False
     """Compile each decoder layer with torch.compile: faster steps after a minute or so of compiling."""
     quantization: Literal["nf4"] | None = None
     """nf4 (QLoRA): linear layers are kept in 4 bits with double quantization, by bitsandbytes, and sharded so; needs `lora.r`."""
 
     def __post_init__(self):
+        cure = "nothing with model.compile, which makes kernels of its own for these operations"
+        require(not (self.kernels and self.compile), "model.kernels", self.kernels, cure)
         pinned = re.fullmatch("[0-9a-f]{40}", self.model_revision or "") or Path(self.model_name_or_path).is_dir()
         cure = "false, or a model.model_revision of 40 hex digits: a branch may hold other code tomorrow"
         require(pinned or not self.trust_remote_code, "model.trust_remote_code", self.trust_remote_code, cure)
