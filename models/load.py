@@ -88,7 +88,7 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
     kernels.swap(model, cfg.kernels, device)
     generate.add_decoder(model)
     sharding.wrap_layers(model, fsdp.activation_checkpointing, cfg.compile)
-    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
+    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp)
     with lora.unwrapped(model):
         if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
             initialise(model, seed, device)

@@ -45,19 +45,23 @@ def compute_dtype(name, device):
     return getattr(torch, name)
 
 
-def shard(model, mesh, dtype, reshard_after_forward):
+def shard(model, mesh, dtype, settings):
     """`fully_shard` the layers, then the ends, then the root; works on the meta device and moves nothing.
 
-    Parameters keep their own dtype (float32 masters); with `dtype` bfloat16 the layers compute in it and gradients are reduced in float32.
+    Parameters keep their own dtype (float32 masters); with `dtype` bfloat16 the layers compute in it. settings: the config's `fsdp` block.
     """
-    policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    groups = [(layer, reshard_after_forward) for layer in decoder_layers(model)]
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, getattr(torch, settings.reduce_dtype))
+    layers = decoder_layers(model)
+    groups = [(layer, settings.reshard_after_forward) for layer in layers]
     embed, head = model.get_input_embeddings(), model.lm_head
     if not is_tied(model):  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
-        groups += [(embed, reshard_after_forward), (head, False)]  # the backward pass begins with the head
+        groups += [(embed, settings.reshard_after_forward), (head, False)]  # the backward pass begins with the head
     for module, reshard in (*groups, (model, False)):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         module.reshards = reshard
+    for i, layer in enumerate(layers) if settings.prefetch else ():
+        layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + settings.prefetch])
+        layer.set_modules_to_backward_prefetch(layers[max(0, i - settings.prefetch) : i][::-1])
     for name in ("score", "decode"):
         register_fsdp_forward_method(model, name)
 
@@ -142,7 +146,7 @@ def local(tensor):
 def decoder_layers(model) -> list[nn.Module]:
     """The repeated blocks, by transformers' own list of modules that must not be split."""
     names = set(model._no_split_modules or ())
-    layers = [m for m in model.modules() if type(m).__name__ in names]
+    layers = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
     if not layers:
         raise ValueError(f"{type(model).__name__} names no layers that may be sharded one by one (_no_split_modules)")
     return layers

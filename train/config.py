@@ -294,13 +294,17 @@ class Fsdp:
     """Groups of ranks that each hold a whole sharded model (HSDP when above 1)."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward; false: faster, more memory."""
+    prefetch: int = 0
+    """Layers whose weights are asked for ahead of the one that computes; 0: torch's own order, one ahead in the backward pass."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients travel and are summed over ranks in; they are kept in float32."""
     activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     """What a layer keeps for the backward pass. selective: its products; full: its input; offload: its input, in the host's memory."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the job."""
 
     def __post_init__(self):
-        at_least("fsdp", self, replicas=1, timeout_seconds=1)
+        at_least("fsdp", self, replicas=1, prefetch=0, timeout_seconds=1)
 
 
 @dataclass(frozen=True)

@@ -198,14 +198,12 @@ def interpret():
     from liger_kernel.ops import rms_norm
     from triton.runtime import interpreter
 
-    known, tensor = interpreter._implicit_cvt, tl.core.tensor
+    known = interpreter._implicit_cvt
 
     def convert(x):
-        return (
-            tl.core.tensor(interpreter.TensorHandle(numpy.array([x], numpy.float32), tl.float32), tl.float32)
-            if type(x) is float
-            else known(x)
-        )
+        if type(x) is not float:
+            return known(x)
+        return tl.core.tensor(interpreter.TensorHandle(numpy.array([x], numpy.float32), tl.float32), tl.float32)
 
     interpreter._implicit_cvt, sys.modules[rms_norm.__name__].rsqrt = convert, lambda x: 1 / tl.sqrt(x)
     with tempfile.TemporaryDirectory() as folder:
