@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
-from models import load, lora, sharding
+from models import flops, load, lora, sharding
 from train import batches, checkpoint, config, data, log, loop, optim, reference, rollouts, toy
 from train.log import say
 
@@ -123,6 +123,8 @@ def run(cfg, device, progress):
         stopping=lambda: bool(stop),
         check=check,
         report=report,
+        work=flops.Work(model),
+        peak=flops.peak(device, sharding.compute_dtype(cfg.model.dtype, device)),
     )
     for part in (journal, sampler):
         if part:

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from models import attention, generate, logprobs, lora, quantize, sharding
+from models import attention, generate, kernels, logprobs, lora, quantize, sharding
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -85,8 +85,10 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
         quantize.swap(model)
     if adapted:
         lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
+    kernels.swap(model, cfg.kernels, device)
     generate.add_decoder(model)
-    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
+    sharding.wrap_layers(model, fsdp.activation_checkpointing, cfg.compile)
+    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp)
     with lora.unwrapped(model):
         if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
             initialise(model, seed, device)

@@ -94,14 +94,20 @@ class Model:
     """Random weights of the model's shape instead of its trained ones."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What layers compute in; master weights, log-probs and reductions stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
-    attn_implementation: Literal["auto", "sdpa", "varlen"] = "auto"
-    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: the fastest here."""
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: varlen, else sdpa."""
     logprobs: Literal["chunked", "eager"] = "chunked"
     """How log-probs leave the head. chunked: never more than a slice of (tokens x vocabulary) in memory; eager: plain autograd."""
+    kernels: list[Literal["rms_norm", "swiglu", "rope"]] = field(default_factory=list)
+    """Operations of a decoder layer that Liger's kernels take over, on a GPU; what was swapped is printed."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: faster steps after a minute or so of compiling."""
     quantization: Literal["nf4"] | None = None
     """nf4 (QLoRA): linear layers are kept in 4 bits with double quantization, by bitsandbytes, and sharded so; needs `lora.r`."""
 
     def __post_init__(self):
+        cure = "nothing with model.compile, which makes kernels of its own for these operations"
+        require(not (self.kernels and self.compile), "model.kernels", self.kernels, cure)
         pinned = re.fullmatch("[0-9a-f]{40}", self.model_revision or "") or Path(self.model_name_or_path).is_dir()
         cure = "false, or a model.model_revision of 40 hex digits: a branch may hold other code tomorrow"
         require(pinned or not self.trust_remote_code, "model.trust_remote_code", self.trust_remote_code, cure)
@@ -288,11 +294,17 @@ class Fsdp:
     """Groups of ranks that each hold a whole sharded model (HSDP when above 1)."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward; false: faster, more memory."""
+    prefetch: int = 0
+    """Layers whose weights are asked for ahead of the one that computes; 0: torch's own order, one ahead in the backward pass."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients travel and are summed over ranks in; they are kept in float32."""
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    """What a layer keeps for the backward pass. selective: its products; full: its input; offload: its input, in the host's memory."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the job."""
 
     def __post_init__(self):
-        at_least("fsdp", self, replicas=1, timeout_seconds=1)
+        at_least("fsdp", self, replicas=1, prefetch=0, timeout_seconds=1)
 
 
 @dataclass(frozen=True)
@@ -393,6 +405,9 @@ class Config:
                 value = getattr(self.grpo, name)
                 require(value == neutral, f"grpo.{name}", value, f"{neutral}, as it would bias the importance ratio to vLLM, {off}")
         self.check_lora()
+        own = self.model.compile and self.fsdp.activation_checkpointing == "selective"
+        cure = "none, full or offload where model.compile is on, which chooses by itself what a layer keeps"
+        require(not own, "fsdp.activation_checkpointing", "selective", cure)
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")

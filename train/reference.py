@@ -45,7 +45,7 @@ def key_of(cfg, folder, device):
     for file in [home / "config.json", *([] if drawn else sorted(home.glob("*.safetensors")))]:
         with open(file, "rb") as f:
             digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
-    more = {"quantization": cfg.model.quantization} if cfg.model.quantization else {}
+    more = {name: value for name in ("quantization", "compile", "kernels") if (value := getattr(cfg.model, name))}
     if cfg.lora.adapter_name_or_path and other is None:
         more["adapter"] = hashlib.sha256(Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
     return more | {

@@ -264,6 +264,7 @@ OUT_OF_RANGE = [
     ("evaluation.steps", 10, "0 while data.eval is null; set data.eval"),
     ("evaluation.generate", 10, "0 while data.eval is null; set data.eval"),
     ("fsdp.replicas", 0, "a number from 1 up"),
+    ("fsdp.prefetch", -1, "a number from 0 up"),
     ("fsdp.timeout_seconds", 0, "a number from 1 up"),
     ("checkpoint.save_steps", -1, "a number from 0 up"),
     ("checkpoint.save_total_limit", 0, "a number from 1 up"),
