@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
 from models import load, lora, sharding
-from train import batches, checkpoint, config, data, log, loop, optim, reference, rollouts, toy
+from train import batches, checkpoint, config, data, dry_run, log, loop, optim, reference, rollouts, toy
 from train.log import say
 
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
@@ -27,6 +27,11 @@ ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, 
 
 def main():
     cfg = config.parse()
+    if asked := config.dry_run():
+        if os.environ.get("RANK", "0") == "0":
+            here = "cuda" if torch.cuda.is_available() else "cpu"
+            sys.exit(dry_run.show(cfg, ALGORITHMS[cfg.algorithm], asked[0], asked[1] or here))
+        return
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
     progress = {}
     try:

@@ -33,6 +33,8 @@ AlgorithmName = Literal["sft", "dpo", "simpo", "kto", "orpo", "grpo"]
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"  # <algorithm>.yaml there is read when no --config is given
 
+FLAGS = {"print_config": "(?!)", "dry_run": r"[1-9]\d*(x(cuda|cpu))?"}  # options that may stand alone: what their values look like
+
 OLD_NAMES = {  # what to do here: the names that other trainers have for it
     "set train.global_batch_size and train.micro_batch_tokens": "batch_size train_batch_size micro_batch_size"
     " per_device_train_batch_size gradient_accumulation_steps",
@@ -444,6 +446,15 @@ def parse(argv: list[str] | None = None) -> Config:
     return cfg
 
 
+def dry_run(argv: list[str] | None = None) -> tuple[int, str | None] | None:
+    """What `--dry_run`, `--dry_run=64` or `--dry_run=64xcuda` asks for: (ranks, device type or None for this machine's); None without it."""
+    asked = dict(read_options(sys.argv[1:] if argv is None else argv, settings(Config))).get("dry_run", "")
+    if asked == "":
+        return None
+    ranks, _, device = (asked or os.environ.get("WORLD_SIZE", "1")).partition("x")
+    return int(ranks), device or None
+
+
 def as_dict(cfg: Config) -> dict:
     """Plain dicts and lists, without the blocks of algorithms that the run does not use."""
     values = asdict(cfg)
@@ -499,12 +510,12 @@ def read_options(argv, known) -> list[tuple[str, str]]:
             raise Refused(f"{token!r} is not an option, expected --train.max_steps 5 or --train.max_steps=5")
         name, value = match.groups()
         key = setting_of(name, known)
-        if key is None and name not in ("config", "print_config"):
-            names = [*(key for key in known if is_setting(key, known)), "config", "print_config"]
+        if key is None and name not in ("config", *FLAGS):
+            names = [*(key for key in known if is_setting(key, known)), "config", *FLAGS]
             raise Refused(f"unknown option --{name}; {nearest(name, names, '--')}")
-        if name == "print_config" and value is not None:
-            raise Refused(f"--print_config: got {value!r}, expected nothing")
-        if name != "print_config" and value is None:
+        if name in FLAGS and value is not None and not re.fullmatch(FLAGS[name], value):
+            raise Refused(f"--{name}: got {value!r}, expected nothing{' or ranks, as in --dry_run=64' if name == 'dry_run' else ''}")
+        if name not in FLAGS and value is None:
             value = next(tokens, "--")
             if value.startswith("--"):
                 raise Refused(f"--{name}: got nothing, expected {describe(known[key].type) if key else 'a YAML file'}")
@@ -560,6 +571,8 @@ def build_parser(known, texts=None) -> Parser:
     hidden = {"default": jsonargparse.SUPPRESS}
     group.add_argument("--config", metavar="FILE", help="YAML file of settings; default: launch/recipes/<algorithm>.yaml", **hidden)
     group.add_argument("--print_config", action="store_true", help="Print all settings as YAML, and exit.", **hidden)
+    text = "Show an example, the memory and the length of the run, and exit; of so many ranks, here or on GPUs: --dry_run=64xcuda."
+    group.add_argument("--dry_run", metavar="RANKS", help=text, **hidden)
     groups = {key: parser.add_argument_group(key) for key in known if not is_setting(key, known)}
     for key, f in known.items():
         if is_setting(key, known):
@@ -638,7 +651,7 @@ def load(options, known) -> Config:
         return f"--{key}" if key in given else f"{path}:{lines[key]}: {key}" if key in lines else f"{path}: {key}"
 
     parser = build_parser(known)
-    overrides = [f"--{name}={value}" for name, value in options if name not in ("config", "print_config")]
+    overrides = [f"--{name}={value}" for name, value in options if name not in ("config", *FLAGS)]
     in_file = convert(lambda: parser.parse_object(values, defaults=False), known, lambda key: (f"{path}:{lines[key]}: {key}", values[key]))
     merged = convert(lambda: parser.parse_args(overrides, in_file), known, lambda key: (f"--{key}", given[key]))
     for key, f in known.items():
