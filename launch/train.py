@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
 from models import load, lora, sharding
-from train import batches, checkpoint, config, data, dry_run, log, loop, optim, reference, rollouts, toy
+from train import batches, checkpoint, config, data, dry_run, log, loop, optim, reference, rollouts, toy, trackers
 from train.log import say
 
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
@@ -55,6 +55,7 @@ def main():
 def run(cfg, device, progress):
     """The run that `cfg` describes; returns "finished" or "preempted". progress["step"], once it writes, is the last finished step."""
     stop = catch_signals()
+    trackers.check(cfg.log)
     algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     resumed, folder, tokenizer, rows, held_out, record = read_inputs(cfg, algorithm, settings, device)
@@ -71,7 +72,7 @@ def run(cfg, device, progress):
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     first = progress["step"] + 1
     last = batches.steps_in(len(rows), cfg.train, *(rollouts.sizes(cfg) if algorithm.ROWS == "prompts" else ()))
-    journal = log.Log(cfg.output_dir, cfg.log, first, last)
+    journal = log.Log(cfg.output_dir, cfg.log, config.as_dict(cfg), first, last)
     rows, held_out, follower = with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out)
     changing = follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
     sampler = rollouts.Rollouts(cfg, folder, model, tokenizer, rows, judges, dealt, journal) if judges else None

@@ -312,8 +312,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Log:
-    report_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
-    """Besides metrics.jsonl, which is always written."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Besides metrics.jsonl, which is always written; by their own libraries: pip install -e '.[trackers]'."""
+    project: str = "baretune"
+    """What the trackers file the run under: W&B's and trackio's project, MLflow's experiment."""
+    run_name: str | None = None
+    """The run's name there; null: the last part of output_dir."""
     logging_steps: int = 1
     """Show a line on the console every this many steps; metrics.jsonl has every step."""
 
@@ -447,7 +451,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def dry_run(argv: list[str] | None = None) -> tuple[int, str | None] | None:
-    """What `--dry_run`, `--dry_run=64` or `--dry_run=64xcuda` asks for: (ranks, device type or None for this machine's); None without it."""
+    """What `--dry_run`, `--dry_run=64` or `--dry_run=64xcuda` asks for: (ranks, device type or None for this machine's); or None."""
     asked = dict(read_options(sys.argv[1:] if argv is None else argv, settings(Config))).get("dry_run", "")
     if asked == "":
         return None

@@ -19,7 +19,6 @@ from train import batches, data, rollouts, sources, toy
 SAMPLE = 1000  # rows of data.train that are tokenised
 STATE = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}  # bytes for a trained weight
 NF4 = 0.5, (1 + 4 / 256) / 64  # bytes of a weight: sharded, and whole on every rank
-GIB = 2**30
 
 
 class Memory(NamedTuple):
@@ -61,16 +60,20 @@ def describe(cfg, algorithm, ranks, device):
     parts = math.ceil(tokens / steps / ranks / cfg.train.micro_batch_tokens)
     found = memory(cfg, model, ranks, round(cfg.train.micro_batch_tokens * share), parts > 1, longest(cfg, rows))
     everything, trained = count(model.parameters()), count(p for p in model.parameters() if p.requires_grad)
-    yield f"model: {type(model).__name__}, {everything:,} parameters, {trained:,} of them trained, {str(model.dtype)[6:]}, {ranks} x {device}"
-    yield f"memory of a rank, GiB of tensors, with {cfg.train.micro_batch_tokens} tokens at once: " + ", ".join(
-        f"{name} {value / GIB:.2f}" for name, value in found._asdict().items() if value
-    )
+    kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    yield f"model: {kind}, {everything:,} parameters, {trained:,} of them trained, {dtype}, {ranks} x {device}"
+    parts_of_it = ", ".join(f"{name} {in_words(value)}" for name, value in found._asdict().items() if value)
+    yield f"memory of a rank, its tensors alone, with {cfg.train.micro_batch_tokens} tokens at once: {parts_of_it}"
     size = cfg.train.global_batch_size
     yield f"run: {examples:,} examples, {steps:,} steps of {size}, {parts} micro-batches a rank and step, {tokens:,} tokens"
     saved = trained * (4 + STATE[cfg.train.optim])
     final = trained * 4 if cfg.lora.r else everything * (shape.dtype or torch.float32).itemsize
     kept = cfg.checkpoint.save_total_limit or math.ceil(steps / (cfg.checkpoint.save_steps or steps))
-    yield f"disk: {saved / GIB:.2f} GiB a checkpoint, of which {kept} are kept; {final / GIB:.2f} GiB for final/"
+    yield f"disk: {in_words(saved)} a checkpoint, of which {kept} are kept; {in_words(final)} for final/"
+
+
+def in_words(size):
+    return f"{size / 2**30:.2f} GiB" if size > 2**27 else f"{size / 2**20:.2f} MiB"
 
 
 def model_config(cfg):
@@ -93,7 +96,7 @@ def offered(kind, name, cfg):
         return kind.from_pretrained(name, revision=cfg.model_revision, trust_remote_code=cfg.trust_remote_code)
     except Exception as e:  # of many types, from network to parsing
         first = str(e).splitlines()[0]
-        raise ValueError(f"model.model_name_or_path: {name!r} cannot be read, from this disk or the hub: {type(e).__name__}: {first}") from e
+        raise ValueError(f"model.model_name_or_path: {name!r} cannot be read, here or from the hub: {type(e).__name__}: {first}") from e
 
 
 def sample(cfg, part, source, split, algorithm, tokenizer):

@@ -1,4 +1,4 @@
-"""Where a run's numbers go beside metrics.jsonl: one class per name of `log.report_to`, each over its own library, imported only when named.
+"""Where a run's numbers go beside metrics.jsonl: a class per name of `log.report_to`, over its own library, imported only when named.
 
 Each has `scalars(step, numbers)`, `samples(step, samples)` and `close()`. A run that goes on after a kill goes on in its old page there.
 Addresses and keys are the libraries' own business: WANDB_MODE, WANDB_API_KEY, MLFLOW_TRACKING_URI, TRACKIO_DIR and their like.
@@ -69,7 +69,7 @@ class Wandb:
         self.run = self.wandb.init(
             project=log.project,
             name=log.run_name or folder.name,
-            id=remembered(folder, "wandb", first, self.wandb.util.generate_id),
+            id=remembered(folder, "wandb", first, lambda: os.urandom(4).hex()),
             resume="allow",
             dir=str(folder),
             config=settings,
@@ -91,11 +91,10 @@ class Mlflow:
 
     def __init__(self, folder, log, settings, first):
         self.mlflow = library(*self.library)
-        self.mlflow.set_experiment(log.project)
-        name = log.run_name or folder.name
+        experiment = self.mlflow.set_experiment(log.project).experiment_id
 
         def begin():
-            return self.mlflow.MlflowClient().create_run(self.mlflow.get_experiment_by_name(log.project).experiment_id, run_name=name).info.run_id
+            return self.mlflow.MlflowClient().create_run(experiment, run_name=log.run_name or folder.name).info.run_id
 
         self.mlflow.start_run(remembered(folder, "mlflow", first, begin))
         if first == 1:
@@ -123,9 +122,8 @@ class Trackio:
         self.trackio.log(numbers, step=step)
 
     def samples(self, step, samples):
-        import pandas  # trackio needs it too
-
-        self.trackio.log({"samples": self.trackio.Table(dataframe=pandas.DataFrame(samples[:20]).astype(str))}, step=step)
+        table = self.trackio.Table(columns=list(samples[0]), data=[list(map(str, sample.values())) for sample in samples])
+        self.trackio.log({"samples": table}, step=step)
 
     def close(self):
         self.trackio.finish()
