@@ -70,7 +70,12 @@ WRONG_DATA = [  # file name, its text (None: no file), options, what the refusal
     ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "--algorithm dpo", "two different answers"),
     ("a.jsonl", '{"prompt": "a", "completion": "b"}\n', "--algorithm dpo", "expected prompt and chosen and rejected"),
     ("a.jsonl", '{"prompt": "a", "completion": "b", "label": "yes"}\n', "--algorithm kto", "true or false in label"),
-    ("a.jsonl", '{"text": "%s"}\n' % ("a" * 99), "--train.micro_batch_tokens 9", "less than the 100 tokens of the longest example; raise it"),
+    (
+        "a.jsonl",
+        '{"text": "%s"}\n' % ("a" * 99),
+        "--train.micro_batch_tokens 9",
+        "the 100 tokens of the longest example; raise it",
+    ),
     ("a.jsonl", '{"text": "ab"}\n', "--model.model_name_or_path ./nowhere", "'./nowhere' cannot be read"),
 ]
 

@@ -39,5 +39,5 @@ def test_curves(runs, tmp_path, monkeypatch):
 def test_refusals(runs, tmp_path):
     with pytest.raises(ValueError, match="no run has los; there are eval/loss, grad_norm, loss, tokens_per_second"):
         plot.draw({runs[0]: plot.read(runs[0])}, ["los"], tmp_path / "x.png")
-    with pytest.raises(ValueError, match="nothing has no metrics.jsonl; name the output_dir of a run"):
+    with pytest.raises(ValueError, match=r"nothing has no metrics\.jsonl; name the output_dir of a run"):
         plot.read(str(tmp_path / "nothing"))

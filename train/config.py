@@ -63,7 +63,7 @@ OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and oth
     "set data.max_length": "max_seq_len max_seq_length seq_len sequence_len cutoff_len max_prompt_length",
     "set data.completion_only_loss": "train_on_inputs train_on_input",
     "set data.assistant_only_loss": "roles_to_train masking_strategy",
-    "rows carry their own templates: the tokenizer's chat template is used, nothing to set": "chat_template tokenizer tokenizer_type"
+    "the tokenizer's chat template is used, nothing to set": "chat_template tokenizer tokenizer_type"
     " tokenizer_name_or_path tokenizer_config model_type",
     "set evaluation.steps (0: at the end only)": "eval_steps eval_strategy evaluation_strategy evals_per_epoch run_val_every_n_steps",
     "set checkpoint.save_steps (0: at the end only)": "save_strategy save_every saves_per_epoch save_every_n_steps",
@@ -669,7 +669,7 @@ def nearest(name, known, dashes=""):
 
     score, best = max(map(alike, known))
     cure = next((cure for cure, names in OLD_NAMES.items() if leaf in names.split()), None)
-    return cure if cure and score < 1 else f"did you mean {dashes}{best}?" if score > 0.7 else "--help lists them all"
+    return cure if cure and best.rpartition(".")[2] != leaf else f"did you mean {dashes}{best}?" if score > 0.7 else "--help lists them all"
 
 
 def convert(read, known, place):
