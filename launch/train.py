@@ -23,6 +23,10 @@ from train import batches, checkpoint, config, data, dry_run, log, loop, optim, 
 from train.log import say
 
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
+STARTS = {  # models that the embedded SFT recipe makes: the options that it runs with
+    "builtin:sft": [],
+    "builtin:short_sft": ["--output_dir=runs/short_sft", "--train.max_steps=120"],  # GRPO needs something left to learn
+}
 
 
 def main():
@@ -35,7 +39,7 @@ def main():
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
     progress = {}
     try:
-        if cfg.model.model_name_or_path == "builtin:sft":
+        if cfg.model.model_name_or_path in STARTS:
             cfg = after_sft(cfg, device)
         state = run(cfg, device, progress)
         log.write_status(cfg.output_dir, state, progress["step"])
@@ -171,7 +175,7 @@ def read_inputs(cfg, algorithm, settings, device):
 
 def after_sft(cfg, device):
     """The config with the embedded SFT run's result as its model; that run is made first where it is not there yet."""
-    first = config.parse(["--config", str(config.RECIPES / "sft.yaml")])
+    first = config.parse(["--config", str(config.RECIPES / "sft.yaml"), *STARTS[cfg.model.model_name_or_path]])
     final = Path(first.output_dir, "final")
     if not final.exists():
         say(f"{final} is not there yet: running the SFT recipe first")

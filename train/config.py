@@ -454,7 +454,7 @@ class Config:
             require(self.model.quantization is None, "model.quantization", self.model.quantization, cure)
             return
         name = self.model.model_name_or_path
-        drawn = self.model.from_scratch or (name.startswith("builtin:") and name != "builtin:sft")
+        drawn = self.model.from_scratch or (name.startswith("builtin:") and not name.endswith("sft"))
         require(not drawn, "lora.r", self.lora.r, "null for a model of random weights, which are kept nowhere")
         cure = "false where lora.r is set and the reference is a model of its own: only a copy of the adapters can follow adapters"
         following = self.reference.sync_ref_model and self.reference.model_name_or_path

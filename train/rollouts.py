@@ -116,7 +116,10 @@ class Rollouts:
         metrics = self.metrics(answers, flat) | {"rewards/failures": self.failures(failed), "prompts_drawn": self.drawn}
         metrics |= {"rollout_time": time.perf_counter() - began}
         metrics["rollout_tokens_per_second"] = int(answers.lengths.sum()) / metrics["rollout_time"]
-        self.journal.samples(step, self.samples(self.rows, answers, advantages))
+        samples = self.samples(self.rows, answers, advantages)
+        self.journal.samples(step, samples)
+        if (step - 1) % self.cfg.log.logging_steps == 0:
+            say(table(samples[:: settings.num_generations][:2]))
         return metrics
 
     def prompt(self, draw):
@@ -279,6 +282,15 @@ def start_rewards(cfg, rows, held_out):
     parts = [{name for example in part.examples for name in example} for part in (rows, held_out) if part]
     columns = set.intersection(*parts) - {"prompt"}  # what every call can be given
     return Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
+
+
+def table(samples):
+    """A line for each sample: the end of its prompt, the beginning of its completion, its rewards and its advantage."""
+    lines = []
+    for sample in samples:
+        rewards = "  ".join(f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in sample["rewards"].items())
+        lines.append(f"  {sample['prompt'][-40:]!r} -> {sample['completion'][:70]!r}  {rewards}  advantage {sample['advantage']:.2f}")
+    return "\n".join(lines)
 
 
 def sizes(cfg):
