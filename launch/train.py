@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
 from models import load, lora, sharding
-from train import batches, checkpoint, config, data, dry_run, log, loop, optim, reference, rollouts, toy, trackers
+from train import batches, card, checkpoint, config, data, dry_run, log, loop, optim, reference, rollouts, toy, trackers
 from train.log import say
 
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
@@ -136,6 +136,8 @@ def run(cfg, device, progress):
     if outcome == "finished":
         save = lora.save_adapter if cfg.lora.r else load.save_pretrained
         save(model, tokenizer, Path(cfg.output_dir, "final"))
+        if rank == 0:
+            card.write(cfg, record["data"], rows.report)
         say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
     return outcome
 

@@ -97,3 +97,17 @@ def test_wrong_data(write, capsys, name, text, options, cure):  # noqa: F811
     assert dry_run.show(cfg, ALGORITHMS[cfg.algorithm], 1, "cpu") == 2
     err = capsys.readouterr().err
     assert cure in err and err.count("\n") == 1, err
+
+
+def test_names_in_the_algorithms_page():
+    """Settings, recipes and metrics that ALGORITHMS.md names exist; each algorithm has a section with its file."""
+    page, readme = (ROOT / "ALGORITHMS.md").read_text(), (ROOT / "README.md").read_text()
+    names = set(re.findall(r"`([^`]+)`", page))
+    dotted = {name.split()[0].rstrip(":") for name in names if re.match(r"[a-z]+\.[a-z_]+\b(?!l)", name)} - {"samples.jsonl"}
+    assert all(config.is_setting(name, KNOWN) for name in dotted), dotted
+    recipes = {name for text in re.findall(r"recipes? (.*?)\.\n", page, re.S) for name in re.findall(r"`([^`]+)`", text)}
+    assert recipes and recipes <= {path.stem for path in (ROOT / "launch" / "recipes").glob("*.yaml")}
+    metrics = {name for name in names if "/" in name and " " not in name} - {"eval/loss"}
+    assert [name for name in metrics if name.replace("<name>/mean", "<name>/mean") not in readme] == []
+    for algorithm in config.get_args(config.AlgorithmName):
+        assert f"({'algorithms'}/{algorithm}.py)" in page
