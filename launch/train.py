@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
 from models import flops, load, lora, sharding
-from train import batches, checkpoint, config, data, log, loop, optim, reference, rollouts, toy
+from train import batches, card, checkpoint, config, data, dry_run, log, loop, optim, reference, rollouts, toy, trackers
 from train.log import say
 
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
@@ -31,6 +31,11 @@ STARTS = {  # models that the embedded SFT recipe makes: the options that it run
 
 def main():
     cfg = config.parse()
+    if asked := config.dry_run():
+        if os.environ.get("RANK", "0") == "0":
+            here = "cuda" if torch.cuda.is_available() else "cpu"
+            sys.exit(dry_run.show(cfg, ALGORITHMS[cfg.algorithm], asked[0], asked[1] or here))
+        return
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
     progress = {}
     try:
@@ -54,6 +59,7 @@ def main():
 def run(cfg, device, progress):
     """The run that `cfg` describes; returns "finished" or "preempted". progress["step"], once it writes, is the last finished step."""
     stop = catch_signals()
+    trackers.check(cfg.log)
     algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     resumed, folder, tokenizer, rows, held_out, record = read_inputs(cfg, algorithm, settings, device)
@@ -70,7 +76,7 @@ def run(cfg, device, progress):
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     first = progress["step"] + 1
     last = batches.steps_in(len(rows), cfg.train, *(rollouts.sizes(cfg) if algorithm.ROWS == "prompts" else ()))
-    journal = log.Log(cfg.output_dir, cfg.log, first, last)
+    journal = log.Log(cfg.output_dir, cfg.log, config.as_dict(cfg), first, last)
     rows, held_out, follower = with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out)
     changing = follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
     sampler = rollouts.Rollouts(cfg, folder, model, tokenizer, rows, judges, dealt, journal) if judges else None
@@ -132,6 +138,8 @@ def run(cfg, device, progress):
     if outcome == "finished":
         save = lora.save_adapter if cfg.lora.r else load.save_pretrained
         save(model, tokenizer, Path(cfg.output_dir, "final"))
+        if rank == 0:
+            card.write(cfg, record["data"], rows.report)
         say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
     return outcome
 

@@ -60,31 +60,9 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
     dtype = sharding.compute_dtype(cfg.dtype, device)
     adapted = bool(adapters and adapters.r)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    declared = model_config.dtype  # from_config overwrites it
-    if getattr(model_config, "quantization_config", None):
-        raise ValueError(f"model.model_name_or_path: {folder} is quantised already; name the model that it was made from")
-    make_packable(model_config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=dtype if adapted or cfg.quantization else torch.float32,
-            attn_implementation=attention.choose(cfg.attn_implementation, device, dtype),
-            trust_remote_code=cfg.trust_remote_code,
-        )
-    if not model._supports_attention_backend:
-        raise ValueError(
-            f"model.model_name_or_path: {type(model).__name__} does not take attention by name, which packed rows need; Llama, Qwen, "
-            "Mistral, Gemma 3, Phi-3, OLMo, SmolLM3, Granite and their like do"
-        )
-    model.config.dtype = declared
+    model = outline(cfg, model_config, dtype, adapters, attention.choose(cfg.attn_implementation, device, dtype))
     if Path(folder, "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.tie_weights()  # before sharding, or the pair is seen as two parameters
-    logprobs.add_seam(model, cfg.logprobs)
-    if cfg.quantization:
-        quantize.swap(model)
-    if adapted:
-        lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
     kernels.swap(model, cfg.kernels, device)
     generate.add_decoder(model)
     sharding.wrap_layers(model, fsdp.activation_checkpointing, cfg.compile)
@@ -102,6 +80,34 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
     return model.train()
 
 
+def outline(cfg, model_config, dtype, adapters, attn_implementation):
+    """The whole model on the meta device, able to score, with its adapters, before it is sharded. ValueError: what cannot be trained."""
+    declared, adapted = model_config.dtype, adapters and adapters.r  # from_config overwrites the dtype
+    if getattr(model_config, "quantization_config", None):
+        raise ValueError(f"model.model_name_or_path: {cfg.model_name_or_path} is quantised already; name the model that it was made from")
+    make_packable(model_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=dtype if adapted or cfg.quantization else torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=cfg.trust_remote_code,
+        )
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"model.model_name_or_path: {type(model).__name__} does not take attention by name, which packed rows need; Llama, Qwen, "
+            "Mistral, Gemma 3, Phi-3, OLMo, SmolLM3, Granite and their like do"
+        )
+    model.config.dtype = declared
+    model.tie_weights()  # before sharding, or the pair is seen as two parameters
+    logprobs.add_seam(model, cfg.logprobs)
+    if cfg.quantization:
+        quantize.swap(model)
+    if adapted:
+        lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
+    return model
+
+
 def make_packable(config):
     """Refuse layers that look across the rows of a pack, and set dropout to 0: its draws would depend on how rows are packed.
 
@@ -114,7 +120,7 @@ def make_packable(config):
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value:
             setattr(config, name, 0.0)
-            if dist.get_rank() == 0:
+            if not dist.is_initialized() or dist.get_rank() == 0:
                 print(f"{name} of the model is {value}; set to 0", flush=True)
 
 
