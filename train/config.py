@@ -39,7 +39,7 @@ OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and oth
     "set algorithm": "rl method stage recipe trainer rl_type trainer_type",
     "set train.global_batch_size and train.micro_batch_tokens": "batch_size train_batch_size micro_batch_size eval_batch_size"
     " per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps auto_find_batch_size",
-    "lower train.micro_batch_tokens instead": "gradient_checkpointing activation_checkpointing enable_activation_checkpointing"
+    "set fsdp.activation_checkpointing (full, selective, offload)": "gradient_checkpointing enable_activation_checkpointing"
     " enable_activation_offloading activation_offloading gradient_checkpointing_kwargs",
     "set train.learning_rate": "lr",
     "set train.num_train_epochs": "epochs num_epochs max_epochs",

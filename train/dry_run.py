@@ -56,6 +56,8 @@ def describe(cfg, algorithm, ranks, device):
         yield "data.eval: " + ", ".join(f"{name} {value}" for name, value in held_out.report.items())
     model = outline(cfg, shape, device)
     load.check_vocabulary(model, rows.report["max_token_id"])
+    if cfg.fsdp.activation_checkpointing != "none":
+        yield f"activations are counted as without fsdp.activation_checkpointing; {cfg.fsdp.activation_checkpointing} keeps fewer of them"
     examples, steps, tokens, share = extent(cfg, algorithm, rows)
     parts = math.ceil(tokens / steps / ranks / cfg.train.micro_batch_tokens)
     found = memory(cfg, model, ranks, round(cfg.train.micro_batch_tokens * share), parts > 1, longest(cfg, rows))
