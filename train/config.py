@@ -74,7 +74,6 @@ OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and oth
     "set log.logging_steps": "log_every_n_steps logging_strategy log_interval",
     "set train.optim": "optimizer optimizer_type optim_type",
     "set lora.r": "lora_r lora_rank rank use_peft use_lora adapter peft_config",
-    "set lora.lora_alpha": "alpha",
     "set lora.target_modules": "lora_target_modules lora_target_linear lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
     "set lora.modules_to_save": "lora_modules_to_save",
     "set lora.use_dora": "peft_use_dora",

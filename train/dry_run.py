@@ -82,14 +82,19 @@ def model_config(cfg):
     """The architecture, from a folder, from the hub, or of the embedded model."""
     name = cfg.model_name_or_path
     if name.startswith("builtin:"):
-        return toy.model_config(name.removeprefix("builtin:").replace("sft", "tiny"))
+        return toy.model_config(embedded(name))
     return offered(AutoConfig, name, cfg)
+
+
+def embedded(name):
+    """The embedded model of this name; what the SFT default made of it has its shape."""
+    return "tiny" if name.endswith("sft") else name.removeprefix("builtin:")
 
 
 def tokenizer_of(cfg):
     name = cfg.model_name_or_path
     if name.startswith("builtin:"):
-        return toy.tokenizer(name.removeprefix("builtin:").replace("sft", "tiny"))
+        return toy.tokenizer(embedded(name))
     return offered(load.AutoTokenizer, name, cfg)
 
 

@@ -17,6 +17,6 @@ def test_a_card(train_here, tmp_path):
     assert "# mine\n\nbuiltin:tiny, trained by sft for 1 steps on builtin:letters (12000 examples)." in body and "Licence: " in body
     rows = data.Rows.load(Path(tmp_path, "mine", "data", "train.safetensors"))
     assert f"`{rows.fingerprint}`" in body and f"| loss | {metrics[0]['loss']:.6g} |" in body
-    assert "_time" not in body and "tokens_per_second" not in body and str(tmp_path) not in body
+    assert "step_time" not in body and "tokens_per_second" not in body and str(tmp_path) not in body
     written = yaml.safe_load(re.search(r"```yaml\n(.*)```", body, re.S)[1])
     assert written["train"]["global_batch_size"] == 4 and "dpo" not in written

@@ -235,7 +235,7 @@ def test_cures_for_old_names_name_settings():
     known = config.settings(config.Config)
     leaves = {key.rpartition(".")[2] for key in known if config.is_setting(key, known)}
     for cure, names in config.OLD_NAMES.items():
-        assert all(config.is_setting(key, known) for key in re.findall(r"[a-z_]+\.[a-z_]+", cure)), cure
+        assert all(config.is_setting(key, known) for key in re.findall(r"[a-z_]+\.[a-z_0-9]+", cure)), cure
         assert not leaves & set(names.split()), "a name of ours needs no translation"
 
 
