@@ -11,7 +11,7 @@ from torch import nn
 
 def row_keys(seed, step, rows):
     """Keys of the rows of a step, (R,) int64; rows: their numbers in the step, (R,)."""
-    return mix(rows + (step << 20) + (seed << 44))
+    return mix(mix(mix(torch.tensor(seed % 2**63)) + step) + rows)
 
 
 def token_keys(keys, width):

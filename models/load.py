@@ -30,6 +30,9 @@ def fetch(cfg):
     """The local folder of `model.model_name_or_path`, downloaded once per host if it is a hub name."""
     name = cfg.model_name_or_path
     if os.path.isdir(name):
+        if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
+            cure = "name its base here and it as lora.adapter_name_or_path, or write both as one model by launch/export.py --merge"
+            raise ValueError(f"model.model_name_or_path: {name} is an adapter, not a whole model; {cure}")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model.model_name_or_path: there is no folder {name!r} (a hub name looks like `Qwen/Qwen3-0.6B`)")

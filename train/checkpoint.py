@@ -216,7 +216,7 @@ def check_inputs(state, inputs):
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
     ]
     old, new = state.get("reference", {}), inputs.get("reference", {})
-    changed = [name for name in ("model", "weights") if old.get(name) != new.get(name)]
+    changed = [name for name in ("model", "weights", "adapter") if old.get(name) != new.get(name)]
     differences += [f"reference {name}: {old.get(name)} then, {new.get(name)} now" for name in changed]
     if state["data"] != inputs["data"]:
         differences.append("data.train: the tokenised rows differ")

@@ -178,7 +178,8 @@ class Lora:
     """Folder of an adapter in peft's format to go on from, instead of a new one; the settings above must be those it was made with."""
 
     def __post_init__(self):
-        at_least("lora", self, r=1, lora_alpha=0)
+        at_least("lora", self, r=1)
+        require(0 < self.lora_alpha < math.inf, "lora.lora_alpha", self.lora_alpha, "a number above 0")
         require(0 <= self.lora_dropout < 1, "lora.lora_dropout", self.lora_dropout, "a number from 0 up to, not including, 1")
         require(self.target_modules, "lora.target_modules", self.target_modules, "names of linear layers, or all-linear")
 

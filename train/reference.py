@@ -47,6 +47,9 @@ def key_of(cfg, folder, device):
             digest.update(f"{file.name} {hashlib.file_digest(f, 'sha256').hexdigest()} ".encode())
     more = {name: value for name in ("quantization", "compile", "kernels") if (value := getattr(cfg.model, name))}
     if cfg.lora.adapter_name_or_path and other is None:
+        if not Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").exists():
+            where = f"lora.adapter_name_or_path: {cfg.lora.adapter_name_or_path}"
+            raise ValueError(f"{where} is no adapter: it has no adapter_model.safetensors")
         more["adapter"] = hashlib.sha256(Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
     return more | {
         "model": (other or cfg.model).model_name_or_path,

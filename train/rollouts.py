@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from algorithms import grpo
-from models import sharding
+from models import lora, sharding
 from models.generate import Sampling, generate, stop_ids
 from models.vllm_server import VllmServer
 from train import batches, reference
@@ -63,6 +63,9 @@ class Rollouts:
                 f"grpo.max_completion_length: a prompt and its completion may have {room} tokens, but the model knows {positions} positions"
             )
         self.server = None
+        head_of_its_own = sharding.is_tied(model) and lora.unties(lora.wrappers(model))
+        if cfg.rollout.engine == "vllm_server" and head_of_its_own:
+            raise ValueError("lora.modules_to_save: vLLM would keep the tied head; leave head and embedding out, or sample in_process")
         if cfg.rollout.engine == "vllm_server":
             dtype = sharding.compute_dtype(cfg.model.dtype, model.lm_head.weight.device)
             self.server = VllmServer(cfg.rollout, folder, cfg.output_dir, room, dtype)
