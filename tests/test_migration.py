@@ -41,7 +41,7 @@ WRONG_CONFIGS = [  # lines after the five of OK, or options; what the refusal mu
     ("per_device_train_batch_size: 4", "set train.global_batch_size and train.micro_batch_tokens"),
     ("use_peft: true", "set lora.r"),
     ("warmup_ratio: 0.1", "set train.warmup_steps (a fraction below 1)"),
-    ("gradient_checkpointing: true", "lower train.micro_batch_tokens"),
+    ("gradient_checkpointing: true", "set fsdp.activation_checkpointing"),
     ("tokenizer: {path: x}", "the tokenizer's chat template is used"),
     ("checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer}", "set model.model_name_or_path"),
     ("metric_logger: {log_dir: x}", "set log.report_to"),

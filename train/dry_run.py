@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig
 
 from models import load, logprobs, sharding
+from models.attention import Rows
 from train import batches, data, rollouts, sources, toy
 
 SAMPLE = 1000  # rows of data.train that are tokenised
@@ -207,12 +208,11 @@ def kept_by_autograd(model, tokens, targets):
         return t
 
     ids, places = torch.zeros(1, tokens, dtype=torch.long, device="meta"), torch.zeros(targets, dtype=torch.long, device="meta")
-    cu = torch.zeros(2, dtype=torch.int32, device="meta")
-    rows = {"row_lengths": [tokens], "cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": tokens, "max_length_k": tokens}
+    rows = Rows([tokens]).to("meta")
     keys = torch.zeros(tokens, dtype=torch.long, device="meta")
     with saved_tensors_hooks(keep, lambda t: t):
         try:
-            out = model.score(ids, ids, places, places, ("entropy",), 1.0, keys, **rows)["logps"]
+            out = model.score(ids, ids, places, places, rows, ("entropy",), 1.0, keys)["logps"]
         except (RuntimeError, NotImplementedError) as e:
             raise ValueError(
                 f"--dry_run: {type(model).__name__} chooses its work by its data (experts?), so its activations cannot be counted: {e}"
