@@ -45,7 +45,10 @@ def export(folder, output, dtype=None, merge=False):
     if problem := checkpoint.verify(folder):
         raise ValueError(f"{folder}: {problem}")
     state = checkpoint.read_state(folder)
-    cfg, adapters = config.Model(**state["config"]["model"]), config.Lora(**state["config"]["lora"])
+    cfg, adapters = (
+        config.Model(**state["config"]["model"]),
+        config.Lora(**state["config"].get("lora", {}) | {"adapter_name_or_path": None}),
+    )
     if merge and not adapters.r:
         raise ValueError("--merge: this run trained all weights, so there is no adapter to merge; leave it out")
     if adapters.r and not merge and dtype:

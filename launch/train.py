@@ -18,21 +18,30 @@ import torch
 import torch.distributed as dist
 
 from algorithms import dpo, grpo, kto, orpo, sft, simpo
-from models import load, lora, sharding
-from train import batches, checkpoint, config, data, log, loop, optim, peers, reference, rollouts, toy
+from models import flops, load, lora, sharding
+from train import batches, card, checkpoint, config, data, dry_run, log, loop, optim, peers, reference, rollouts, toy, trackers
 from train.log import say
 
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
+STARTS = {  # models that the embedded SFT recipe makes: the options that it runs with
+    "builtin:sft": [],
+    "builtin:short_sft": ["--output_dir=runs/short_sft", "--train.max_steps=120"],  # GRPO needs something left to learn
+}
 
 
 def main():
     cfg = config.parse()
+    if asked := config.dry_run():
+        if os.environ.get("RANK", "0") == "0":
+            here = "cuda" if torch.cuda.is_available() else "cpu"
+            sys.exit(dry_run.show(cfg, ALGORITHMS[cfg.algorithm], asked[0], asked[1] or here))
+        return
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
     peers.begin()
     progress = {}
     try:
         try:
-            if cfg.model.model_name_or_path == "builtin:sft":
+            if cfg.model.model_name_or_path in STARTS:
                 cfg = after_sft(cfg, device)
             state = run(cfg, device, progress)
         except peers.Preempted:  # in a reference pass, or in the SFT run; nothing is lost
@@ -58,6 +67,7 @@ def main():
 def run(cfg, device, progress):
     """The run that `cfg` describes; returns "finished" or "preempted". progress["step"], once it writes, is the last finished step."""
     peers.now("reading model and data")
+    trackers.check(cfg.log)
     algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
     checkpoint.claim(cfg.output_dir)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -76,9 +86,9 @@ def run(cfg, device, progress):
     dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
     first = progress["step"] + 1
     last = record["steps"]
-    journal = log.Log(cfg.output_dir, cfg.log, first, last, saved if "unevaluated" in before else None)
+    journal = log.Log(cfg.output_dir, cfg.log, config.as_dict(cfg), first, last, saved if "unevaluated" in before else None)
     exported = 4 * trained if cfg.lora.r else parameters * (model.config.dtype or torch.float32).itemsize
-    size = trained * (4 + optim.state_bytes(cfg.train)) + (4 * trained if cfg.reference.sync_ref_model else 0)
+    size = int(trained * (4 + optim.STATE_BYTES[cfg.train.optim])) + (4 * trained if cfg.reference.sync_ref_model else 0)
     saves = len([s for s in range(first, last + 1) if s == last or due(s, cfg.checkpoint.save_steps)])
     checkpoint.check_space(cfg.output_dir, cfg.checkpoint, size, exported, saves)
     peers.now("reference log-probs")
@@ -151,6 +161,8 @@ def run(cfg, device, progress):
             stopping=peers.asked,
             check=check,
             report=report,
+            work=flops.Work(model),
+            peak=flops.peak(device, sharding.compute_dtype(cfg.model.dtype, device)),
         )
     if progress["step"] > saved:  # preempted in a rollout
         save(progress["step"], {})
@@ -162,6 +174,8 @@ def run(cfg, device, progress):
     if outcome == "finished":
         save = lora.save_adapter if cfg.lora.r else load.save_pretrained
         save(model, tokenizer, Path(cfg.output_dir, "final"))
+        if rank == 0:
+            card.write(cfg, record["data"], rows.report)
         say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
     checkpoint.release(cfg.output_dir)
     return outcome
@@ -205,7 +219,7 @@ def read_inputs(cfg, algorithm, settings, device):
 
 def after_sft(cfg, device):
     """The config with the embedded SFT run's result as its model; that run is made first where it is not there yet."""
-    first = config.parse(["--config", str(config.RECIPES / "sft.yaml")])
+    first = config.parse(["--config", str(config.RECIPES / "sft.yaml"), *STARTS[cfg.model.model_name_or_path]])
     final = Path(first.output_dir, "final")
     if not final.exists():
         say(f"{final} is not there yet: running the SFT recipe first")

@@ -11,7 +11,7 @@ from torch import nn
 
 def row_keys(seed, step, rows):
     """Keys of the rows of a step, (R,) int64; rows: their numbers in the step, (R,)."""
-    return mix(rows + (step << 20) + (seed << 44))
+    return mix(mix(mix(torch.tensor(seed % 2**63)) + step) + rows)
 
 
 def token_keys(keys, width):
@@ -27,16 +27,20 @@ def mix(h):
 
 
 class KeyedDropout(nn.Module):
-    keys = None  # of the tokens (N,) int64 that the next call has; the seam sets them before each forward pass
+    keys = None  # of this layer and the tokens (N,) int64 that the next call has; the seam sets them before each forward pass
 
     def __init__(self, p, name):
         super().__init__()
         self.p, self.salt = p, zlib.crc32(name.encode()) << 24
 
+    def expect(self, keys):
+        """Keys of the next forward pass's tokens (N,), or None. Salted here: in `forward`, each layer would be a graph of its own."""
+        self.keys = None if keys is None else keys + self.salt
+
     def forward(self, x):
         """x: (1, N, H) or (N, H)."""
         if not self.training:
             return x
-        features = torch.arange(x.shape[-1], device=x.device) + self.salt  # (H,)
+        features = torch.arange(x.shape[-1], device=x.device)  # (H,)
         draws = mix(self.keys[:, None] + features) & 0xFFFFFF  # (N, H)
         return x * (draws >= self.p * 2**24) / (1 - self.p)

@@ -120,7 +120,6 @@ class Decoder:
     def prefill(self, part, prompts, slots):
         lengths = [len(prompts[i]) - 1 for i in part]
         ends = torch.tensor(lengths).cumsum(0)  # (P,)
-        bounds = F.pad(ends, (1, 0)).int().to(self.device)
         copies = [(slot, int(end) - n, n) for i, n, end in zip(part, lengths, ends) for slot in slots[i]]
         self.prefilling = tuple(  # of each token and row that has it: slot, position in the row, place in the pack
             torch.cat(x).to(self.device)
@@ -129,8 +128,7 @@ class Decoder:
         self.model.decode(
             input_ids=torch.tensor([t for i in part for t in prompts[i][:-1]], device=self.device)[None],  # (1, N)
             position_ids=torch.cat([torch.arange(n) for n in lengths]).to(self.device)[None],
-            row_lengths=lengths,
-            **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": max(lengths), "max_length_k": max(lengths)},
+            rows=attention.Rows(lengths).to(self.device),
             decoder=self,
         )
         self.prefilling = None

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from models import attention, generate, logprobs, lora, quantize, sharding
+from models import attention, generate, kernels, logprobs, lora, quantize, sharding
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -30,6 +30,9 @@ def fetch(cfg):
     """The local folder of `model.model_name_or_path`, downloaded once per host if it is a hub name."""
     name = cfg.model_name_or_path
     if os.path.isdir(name):
+        if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
+            cure = "name its base here and it as lora.adapter_name_or_path, or write both as one model by launch/export.py --merge"
+            raise ValueError(f"model.model_name_or_path: {name} is an adapter, not a whole model; {cure}")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model.model_name_or_path: there is no folder {name!r} (a hub name looks like `Qwen/Qwen3-0.6B`)")
@@ -60,33 +63,13 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
     dtype = sharding.compute_dtype(cfg.dtype, device)
     adapted = bool(adapters and adapters.r)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    declared = model_config.dtype  # from_config overwrites it
-    if getattr(model_config, "quantization_config", None):
-        raise ValueError(f"model.model_name_or_path: {folder} is quantised already; name the model that it was made from")
-    make_packable(model_config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=dtype if adapted or cfg.quantization else torch.float32,
-            attn_implementation=attention.choose(cfg.attn_implementation, device, dtype),
-            trust_remote_code=cfg.trust_remote_code,
-        )
-    if not model._supports_attention_backend:
-        raise ValueError(
-            f"model.model_name_or_path: {type(model).__name__} does not take attention by name, which packed rows need; Llama, Qwen, "
-            "Mistral, Gemma 3, Phi-3, OLMo, SmolLM3, Granite and their like do"
-        )
-    model.config.dtype = declared
+    model = outline(cfg, model_config, dtype, adapters, attention.choose(cfg.attn_implementation, device, dtype))
     if Path(folder, "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.tie_weights()  # before sharding, or the pair is seen as two parameters
-    logprobs.add_seam(model, cfg.logprobs)
-    if cfg.quantization:
-        quantize.swap(model)
-    if adapted:
-        lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
+    kernels.swap(model, cfg.kernels, device)
     generate.add_decoder(model)
-    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp.reshard_after_forward)
+    sharding.wrap_layers(model, fsdp.activation_checkpointing, cfg.compile)
+    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp)
     with lora.unwrapped(model):
         if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
             initialise(model, seed, device)
@@ -98,6 +81,34 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
             lora.read_adapter(model, adapters.adapter_name_or_path)
     assert sharding.is_tied(model) == model.config.get_text_config().tie_word_embeddings, "tied embeddings came apart"
     return model.train()
+
+
+def outline(cfg, model_config, dtype, adapters, attn_implementation):
+    """The whole model on the meta device, able to score, with its adapters, before it is sharded. ValueError: what cannot be trained."""
+    declared, adapted = model_config.dtype, adapters and adapters.r  # from_config overwrites the dtype
+    if getattr(model_config, "quantization_config", None):
+        raise ValueError(f"model.model_name_or_path: {cfg.model_name_or_path} is quantised already; name the model that it was made from")
+    make_packable(model_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=dtype if adapted or cfg.quantization else torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=cfg.trust_remote_code,
+        )
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"model.model_name_or_path: {type(model).__name__} does not take attention by name, which packed rows need; Llama, Qwen, "
+            "Mistral, Gemma 3, Phi-3, OLMo, SmolLM3, Granite and their like do"
+        )
+    model.config.dtype = declared
+    model.tie_weights()  # before sharding, or the pair is seen as two parameters
+    logprobs.add_seam(model, cfg.logprobs)
+    if cfg.quantization:
+        quantize.swap(model)
+    if adapted:
+        lora.inject(model, adapters, cfg.model_name_or_path, cfg.model_revision)
+    return model
 
 
 def make_packable(config):
@@ -112,7 +123,7 @@ def make_packable(config):
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value:
             setattr(config, name, 0.0)
-            if dist.get_rank() == 0:
+            if not dist.is_initialized() or dist.get_rank() == 0:
                 print(f"{name} of the model is {value}; set to 0", flush=True)
 
 

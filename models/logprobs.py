@@ -7,9 +7,9 @@ Below it, rows are packed end to end (no padding is computed), the head runs onl
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from models.attention import Rows
 from models.dropout import token_keys
 from models.sharding import reshard
 
@@ -27,7 +27,7 @@ def token_logps(model, batch, byproducts=()):
     """
     packed, (rows, columns) = pack(batch)
     device = model.lm_head.weight.device
-    packed = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
+    packed = {k: v.to(device, non_blocking=True) for k, v in packed.items()}
     values = model.score(**packed, byproducts=tuple(byproducts), temperature=float(batch.get("temperature", 1.0)))
     if not torch.is_grad_enabled():
         reshard(model)  # the groups that stay whole for the backward pass, which does not come
@@ -48,11 +48,9 @@ def pack(batch):
         "position_ids": torch.arange(real.shape[1]).expand_as(real)[real][None],  # (1, N), from 0 in each row
         "predictors": (ends - lengths)[rows] + columns - 1,  # (M,): the shift by one, here and nowhere else
         "labels": batch["input_ids"][rows, columns],  # (M,)
-        "row_lengths": lengths.tolist(),
-        "cu_seq_lens_q": F.pad(ends, (1, 0)).int(),  # (R + 1,)
-        "max_length_q": int(lengths.max()),
+        "rows": Rows(lengths.tolist()),
     }
-    return packed | {"cu_seq_lens_k": packed["cu_seq_lens_q"], "max_length_k": packed["max_length_q"]}, (rows, columns)
+    return packed, (rows, columns)
 
 
 def add_seam(model, implementation):
@@ -75,13 +73,13 @@ def add_seam(model, implementation):
     model.dropouts = {}  # by the name of the layer that they are of
 
 
-def score(self, input_ids, position_ids, predictors, labels, byproducts, temperature, keys=None, **rows):
+def score(self, input_ids, position_ids, predictors, labels, rows, byproducts, temperature, keys=None):
     """The model's forward pass as the seam needs it: backbone over N packed tokens, head over M of them. Returns (M,) tensors."""
     for name, dropout in self.dropouts.items():
-        dropout.keys = keys[predictors] if name == "lm_head" and keys is not None else keys
+        dropout.expect(keys[predictors] if name == "lm_head" and keys is not None else keys)
     # use_cache and a mask would both make transformers forget that position_ids restart
     hidden = self.base_model(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, **rows
+        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False, rows=rows
     ).last_hidden_state[0]  # (N, H)
     return self.lm_head(hidden[predictors], labels, byproducts, temperature)
 

@@ -23,6 +23,8 @@ from torch import nn
 
 from models import sharding
 from models.dropout import KeyedDropout
+from models.logprobs import ScoringHead
+from models.quantize import NF4Linear
 
 NAME = "default"  # peft's name for a model's only adapter
 
@@ -65,11 +67,17 @@ def refuse(model, config):
     for name in config.modules_to_save or ():
         if not any(key == name or key.endswith(f".{name}") for key in modules):
             raise ValueError(f"lora.modules_to_save: no module of {type(model).__name__} is named {name}; {near(modules)}")
+        saved = [module for key, module in modules.items() if key == name or key.endswith(f".{name}")]
+        if any(isinstance(part, NF4Linear) for module in saved for part in module.modules()):
+            raise ValueError(f"lora.modules_to_save: {name} has 4-bit weights, which cannot be trained whole; leave it out")
     if names == "all-linear":
         return
     found = [key for key in modules if key and check_target_module_exists(config, key)]
     if not found:
         raise ValueError(f"lora.target_modules: no module of {type(model).__name__} matches {sorted_names(names)!r}; {near(modules)}")
+    for name in [] if isinstance(names, str) else sorted_names(names):
+        if not any(key == name or key.endswith(f".{name}") for key in found):
+            raise ValueError(f"lora.target_modules: no module of {type(model).__name__} matches {name!r}; {near(modules)}")
     for key in found:
         if not isinstance(modules[key], nn.Linear):
             kind = type(modules[key]).__name__
@@ -152,6 +160,8 @@ def initialise(model, seed, device):
             for name, p in layer.modules_to_save[NAME].named_parameters():
                 module = layer.modules_to_save[NAME].get_submodule(name.rpartition(".")[0])
                 sharding.place(module, name.rpartition(".")[2], sharding.whole(original[name]).to(p.dtype), device)
+            for name, buffer in layer.original_module.named_buffers():  # Gemma's embedding has one, in no file
+                layer.modules_to_save[NAME].get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.clone()
             continue
         a = nn.Linear(layer.in_features, layer.r[NAME], bias=False)
         b = nn.Linear(layer.r[NAME], layer.out_features, bias=False)  # peft draws it too before it is set to 0
@@ -173,6 +183,12 @@ def read_adapter(model, folder):
     for name in ("r", "lora_alpha", "use_rslora", "use_dora"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ValueError(f"lora.{name}: got {getattr(ours, name)}, expected {getattr(theirs, name)}, with which {folder} was made")
+    for name in ("alpha_pattern", "rank_pattern", "layer_replication"):
+        if getattr(theirs, name):
+            raise ValueError(f"{where} was made with {name} {getattr(theirs, name)}, which is not supported; merge it into its base first")
+    if theirs.init_lora_weights not in (True, False, "gaussian"):
+        how = theirs.init_lora_weights
+        raise ValueError(f"{where} begins from changed base weights (init_lora_weights {how!r}); merge it into its base first")
     bases = [os.path.basename(os.path.normpath(config.base_model_name_or_path or "")) for config in (theirs, ours)]
     if bases[0] != bases[1]:
         cure = "if they are one model, say so in its adapter_config.json"
@@ -221,7 +237,7 @@ def merging(found):
 
 def unties(found):
     """Whether a whole copy of head or embedding is trained, which then is no longer the other's."""
-    return any(isinstance(layer, ModulesToSaveWrapper) for layer in found.values())
+    return any(isinstance(w, ModulesToSaveWrapper) and isinstance(base_of(w), (nn.Embedding, ScoringHead)) for w in found.values())
 
 
 def save_adapter(model, tokenizer, folder):

@@ -1,8 +1,9 @@
-"""Ranks, the device mesh and FSDP2: how one model is spread over any number of GPUs (or CPU processes)."""
+"""Ranks, the device mesh and FSDP2: how one model is spread over any number of GPUs (or CPU processes), and what its layers keep."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial, wraps
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}  # what selective checkpointing keeps, and all that is named attention
 
 
 def start_ranks(timeout_seconds):
@@ -41,22 +45,71 @@ def compute_dtype(name, device):
     return getattr(torch, name)
 
 
-def shard(model, mesh, dtype, reshard_after_forward):
+def shard(model, mesh, dtype, settings):
     """`fully_shard` the layers, then the ends, then the root; works on the meta device and moves nothing.
 
-    Parameters keep their own dtype (float32 masters); with `dtype` bfloat16 the layers compute in it and gradients are reduced in float32.
+    Parameters keep their own dtype (float32 masters); with `dtype` bfloat16 the layers compute in it. settings: the config's `fsdp` block.
     """
-    policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    groups = [(layer, reshard_after_forward) for layer in decoder_layers(model)]
+    policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, getattr(torch, settings.reduce_dtype))
+    layers = decoder_layers(model)
+    groups = [(layer, settings.reshard_after_forward) for layer in layers]
     embed, head = model.get_input_embeddings(), model.lm_head
     if not is_tied(model):  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
-        groups += [(embed, reshard_after_forward), (head, False)]  # the backward pass begins with the head
+        groups += [(embed, settings.reshard_after_forward), (head, False)]  # the backward pass begins with the head
     for module, reshard in (*groups, (model, False)):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         module.reshards = reshard
+    for i, layer in enumerate(layers) if settings.prefetch else ():
+        layer.set_modules_to_forward_prefetch(layers[i + 1 : i + 1 + settings.prefetch])
+        layer.set_modules_to_backward_prefetch(layers[max(0, i - settings.prefetch) : i][::-1])
     for name in ("score", "decode"):
         register_fsdp_forward_method(model, name)
+
+
+def wrap_layers(model, checkpointing, compiled):
+    """Let each decoder layer be compiled, and compute again in the backward pass what it does not keep; before `shard`.
+
+    checkpointing: none, selective, full or offload, as in the config's `fsdp` block. A layer's forward is replaced rather than the
+    layer, so that all names stay: checkpoint(compiled(forward)), inside of FSDP's hooks, which neither run twice nor are traced. The
+    sampler gets the plain forward.
+    """
     model.is_gathered = False
+    for layer in decoder_layers(model) if compiled or checkpointing != "none" else ():
+        plain = layer.forward
+        layer.forward = wrapped(model, plain, torch.compile(plain) if compiled else plain, checkpointing)
+
+
+def wrapped(model, plain, fast, checkpointing):
+    contexts = partial(create_selective_checkpoint_contexts, keep_products) if checkpointing == "selective" else noop_context_fn
+    # the dropout of adapters is keyed, and models have no other (load.make_packable), so there is no state of a generator to restore
+    options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+
+    @wraps(plain)
+    def forward(*args, **kwargs):
+        if model.is_gathered:
+            return plain(*args, **kwargs)
+        if checkpointing == "none":
+            return fast(*args, **kwargs)
+        with on_host() if checkpointing == "offload" else nullcontext():
+            return checkpoint(fast, *args, **options, **kwargs)
+
+    return forward
+
+
+def keep_products(ctx, op, *args, **kwargs):
+    """Of a layer, the results of matrix products and of attention are kept; what lies between is cheap to make again."""
+    name = op._schema.name.rpartition("::")[2]
+    return CheckpointPolicy.MUST_SAVE if name in PRODUCTS or "attention" in name or "attn" in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def on_host():
+    """Inside, what the backward pass needs waits in the host's memory. Copies go in the order of the stream: nothing waits for them."""
+
+    def pack(tensor):
+        place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return tensor.device, place.copy_(tensor, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0], non_blocking=True))
 
 
 def is_tied(model):
@@ -93,7 +146,7 @@ def local(tensor):
 def decoder_layers(model) -> list[nn.Module]:
     """The repeated blocks, by transformers' own list of modules that must not be split."""
     names = set(model._no_split_modules or ())
-    layers = [m for m in model.modules() if type(m).__name__ in names]
+    layers = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
     if not layers:
         raise ValueError(f"{type(model).__name__} names no layers that may be sharded one by one (_no_split_modules)")
     return layers

@@ -228,7 +228,7 @@ class VllmServer:
 
     def weights_folder(self, model):
         """A folder for the policy's weights, in shared memory where the server is this machine's and there is room."""
-        size = sum(p.numel() for p in model.parameters()) * self.dtype.itemsize
+        size = load.size(model)[0] * self.dtype.itemsize
         if self.settings.vllm_weights_dir:
             parent = Path(self.settings.vllm_weights_dir).resolve() / self.scratch.name
         elif self.own and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 1.1 * size:

@@ -347,7 +347,7 @@ def check_inputs(state, inputs):
     old, new = state.get("reference", {}), inputs.get("reference", {})
     changed = [name for name in ("model", "weights", "adapter") if old.get(name) != new.get(name)]
     differences += [f"reference {name}: {old.get(name)} then, {new.get(name)} now" for name in changed]
-    if "weights" in state and state["weights"] != inputs["weights"]:  # not in checkpoints of early versions
+    if state["weights"] != inputs["weights"]:
         differences.append(f"model.model_name_or_path: the weights of {inputs['folder']} are others than then")
     then, now = state.get("rewards", {}), inputs["rewards"]
     differences += [f"grpo.reward_funcs: the file of {name} has changed" for name in now if name in then and then[name] != now[name]]

@@ -33,29 +33,72 @@ AlgorithmName = Literal["sft", "dpo", "simpo", "kto", "orpo", "grpo"]
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"  # <algorithm>.yaml there is read when no --config is given
 
-OLD_NAMES = {  # what to do here: the names that other trainers have for it
-    "set train.global_batch_size and train.micro_batch_tokens": "batch_size train_batch_size micro_batch_size"
-    " per_device_train_batch_size gradient_accumulation_steps",
+FLAGS = {"print_config": "(?!)", "dry_run": r"[1-9]\d*(x(cuda|cpu))?"}  # options that may stand alone: what their values look like
+
+OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and others have for it; MIGRATION.md has them as tables
+    "set algorithm": "rl method stage recipe trainer rl_type trainer_type",
+    "set train.global_batch_size and train.micro_batch_tokens": "batch_size train_batch_size micro_batch_size eval_batch_size"
+    " per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps auto_find_batch_size",
+    "set fsdp.activation_checkpointing (full, selective, offload)": "gradient_checkpointing enable_activation_checkpointing"
+    " enable_activation_offloading activation_offloading gradient_checkpointing_kwargs",
     "set train.learning_rate": "lr",
     "set train.num_train_epochs": "epochs num_epochs max_epochs",
     "set train.max_steps": "max_iters max_steps_per_epoch total_steps",
-    "set train.warmup_steps (a fraction below 1)": "warmup warmup_ratio",
+    "set train.warmup_steps (a fraction below 1)": "warmup warmup_ratio num_warmup_steps",
     "set train.lr_scheduler_type": "scheduler lr_scheduler",
-    "set train.max_grad_norm": "clip_grad_norm grad_clip gradient_clipping",
+    "set train.max_grad_norm": "clip_grad_norm grad_clip gradient_clipping max_norm",
+    "set train.adam_beta1 and train.adam_beta2": "betas adam_betas optim_args",
+    "set train.adam_epsilon": "eps adam_eps",
     "set model.dtype": "bf16 fp16 precision torch_dtype",
-    "set model.model_name_or_path": "model model_name base_model pretrained_model_name_or_path",
-    "set model.attn_implementation": "flash_attention flash_attn use_flash_attention",
-    "set data.train": "data dataset datasets dataset_name train_file",
-    "set data.max_length": "max_seq_len max_seq_length seq_len sequence_len cutoff_len",
+    "set model.model_name_or_path": "model model_name base_model pretrained_model_name_or_path checkpointer checkpoint_dir"
+    " checkpoint_files base_model_config",
+    "set model.attn_implementation": "flash_attention flash_attn use_flash_attention sdp_attention xformers_attention",
+    "set model.model_revision": "revision revision_of_model",
+    "set data.train": "data dataset datasets dataset_name train_file data_files",
+    "set data.eval": "eval_dataset val_set_size test_datasets dataset_val validation_file val_file",
+    "set data.train_split": "dataset_train_split",
+    "set data.eval_split": "dataset_test_split",
+    "set data.config": "dataset_config dataset_config_name subset",
+    "set data.columns": "dataset_text_field column_map text_column field_instruction field_messages message_property_mappings",
+    "set data.max_length": "max_seq_len max_seq_length seq_len sequence_len cutoff_len max_prompt_length",
     "set data.completion_only_loss": "train_on_inputs train_on_input",
-    "set evaluation.steps (0: at the end only)": "eval_steps eval_strategy evaluation_strategy",
-    "set checkpoint.save_steps (0: at the end only)": "save_strategy save_every",
-    "set checkpoint.resume": "resume_from_checkpoint",
-    "set log.report_to": "metric_logger wandb",
+    "set data.assistant_only_loss": "roles_to_train masking_strategy",
+    "the tokenizer's chat template is used, nothing to set": "chat_template tokenizer tokenizer_type"
+    " tokenizer_name_or_path tokenizer_config model_type",
+    "set evaluation.steps (0: at the end only)": "eval_steps eval_strategy evaluation_strategy evals_per_epoch run_val_every_n_steps",
+    "set checkpoint.save_steps (0: at the end only)": "save_strategy save_every saves_per_epoch save_every_n_steps",
+    "set checkpoint.save_total_limit": "keep_last_n_checkpoints",
+    "set checkpoint.resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "set log.report_to, log.project and log.run_name": "metric_logger wandb use_wandb wandb_project wandb_name wandb_run_name"
+    " wandb_entity mlflow_experiment_name mlflow_run_name",
+    "set log.logging_steps": "log_every_n_steps logging_strategy log_interval",
     "set train.optim": "optimizer optimizer_type optim_type",
-    "set lora.r": "lora_r lora_rank rank use_peft use_lora adapter",
-    "set model.quantization to nf4": "load_in_4bit use_4bit qlora bnb_4bit_quant_type",
-    "rows are always packed, nothing to set": "packing packed sample_packing",
+    "set lora.r": "lora_r lora_rank rank use_peft use_lora adapter peft_config",
+    "set lora.target_modules": "lora_target_modules lora_target_linear lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
+    "set lora.modules_to_save": "lora_modules_to_save",
+    "set lora.use_dora": "peft_use_dora",
+    "set lora.use_rslora": "peft_use_rslora",
+    "set lora.adapter_name_or_path": "lora_model_dir adapter_path",
+    "set model.quantization to nf4": "load_in_4bit use_4bit qlora bnb_4bit_quant_type load_in_8bit quantization_config",
+    "set dpo.beta": "dpo_beta rl_beta",
+    "set dpo.loss_type to [sigmoid, sft], and dpo.loss_weights": "rpo_alpha",
+    "the reference's log-probs of fixed data are always computed once, nothing to set": "precompute_ref_log_probs",
+    "set reference.model_name_or_path": "ref_model ref_model_path reference_checkpointer",
+    "set grpo.num_generations": "grpo_samples group_size",
+    "set grpo.max_completion_length": "max_generated_tokens",
+    "set grpo.beta": "kl_coeff kl_coef",
+    "set grpo.epsilon": "clip_range clip_eps",
+    "set grpo.reward_funcs": "reward_model reward_fn reward_functions reward_model_name_or_path",
+    "set rollout.engine to vllm_server, and rollout.vllm_address": "use_vllm vllm vllm_mode vllm_server_host vllm_server_port",
+    "weights are always sharded over all of torchrun's ranks; set fsdp.replicas for copies of them": "deepspeed fsdp_config fsdp_version"
+    " fsdp_sharding_strategy data_parallel_replicate_dim accelerator_config",
+    "rows are always packed, nothing to set": "packing packed sample_packing pad_to_sequence_len group_by_length padding_free"
+    " eval_packing packing_strategy",
+    "rows are tokenised once before the run, nothing to set": "dataset_num_proc dataloader_num_workers dataset_prepared_path"
+    " preprocessing_num_workers dataset_processes",
+    "there is nothing to set: log-probs never hold tokens x vocabulary": "use_liger_kernel use_liger_loss liger_fused_linear_cross_entropy",
+    "upload output_dir/final with `hf upload`; nothing is pushed by a run": "push_to_hub hub_model_id hub_token hub_strategy",
+    "settings are names, never classes; MIGRATION.md has this trainer's": "_component_",
 }
 
 
@@ -94,14 +137,20 @@ class Model:
     """Random weights of the model's shape instead of its trained ones."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What layers compute in; master weights, log-probs and reductions stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
-    attn_implementation: Literal["auto", "sdpa", "varlen"] = "auto"
-    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: the fastest here."""
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: varlen, else sdpa."""
     logprobs: Literal["chunked", "eager"] = "chunked"
     """How log-probs leave the head. chunked: never more than a slice of (tokens x vocabulary) in memory; eager: plain autograd."""
+    kernels: list[Literal["rms_norm", "swiglu", "rope"]] = field(default_factory=list)
+    """Operations of a decoder layer that Liger's kernels take over, on a GPU; what was swapped is printed."""
+    compile: bool = False
+    """Compile each decoder layer with torch.compile: faster steps after a minute or so of compiling."""
     quantization: Literal["nf4"] | None = None
     """nf4 (QLoRA): linear layers are kept in 4 bits with double quantization, by bitsandbytes, and sharded so; needs `lora.r`."""
 
     def __post_init__(self):
+        cure = "nothing with model.compile, which makes kernels of its own for these operations"
+        require(not (self.kernels and self.compile), "model.kernels", self.kernels, cure)
         pinned = re.fullmatch("[0-9a-f]{40}", self.model_revision or "") or Path(self.model_name_or_path).is_dir()
         cure = "false, or a model.model_revision of 40 hex digits: a branch may hold other code tomorrow"
         require(pinned or not self.trust_remote_code, "model.trust_remote_code", self.trust_remote_code, cure)
@@ -129,7 +178,8 @@ class Lora:
     """Folder of an adapter in peft's format to go on from, instead of a new one; the settings above must be those it was made with."""
 
     def __post_init__(self):
-        at_least("lora", self, r=1, lora_alpha=0)
+        at_least("lora", self, r=1)
+        require(0 < self.lora_alpha < math.inf, "lora.lora_alpha", self.lora_alpha, "a number above 0")
         require(0 <= self.lora_dropout < 1, "lora.lora_dropout", self.lora_dropout, "a number from 0 up to, not including, 1")
         require(self.target_modules, "lora.target_modules", self.target_modules, "names of linear layers, or all-linear")
 
@@ -288,11 +338,17 @@ class Fsdp:
     """Groups of ranks that each hold a whole sharded model (HSDP when above 1)."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward; false: faster, more memory."""
+    prefetch: int = 0
+    """Layers whose weights are asked for ahead of the one that computes; 0: torch's own order, one ahead in the backward pass."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients travel and are summed over ranks in; they are kept in float32."""
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    """What a layer keeps for the backward pass. selective: its products; full: its input; offload: its input, in the host's memory."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the job."""
 
     def __post_init__(self):
-        at_least("fsdp", self, replicas=1, timeout_seconds=1)
+        at_least("fsdp", self, replicas=1, prefetch=0, timeout_seconds=1)
 
 
 @dataclass(frozen=True)
@@ -314,8 +370,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Log:
-    report_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
-    """Besides metrics.jsonl, which is always written."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Besides metrics.jsonl, which is always written; by their own libraries: pip install -e '.[trackers]'."""
+    project: str = "baretune"
+    """What the trackers file the run under: W&B's and trackio's project, MLflow's experiment."""
+    run_name: str | None = None
+    """The run's name there; null: the last part of output_dir."""
     logging_steps: int = 1
     """Show a line on the console every this many steps; metrics.jsonl has every step."""
 
@@ -397,6 +457,9 @@ class Config:
                 value = getattr(self.grpo, name)
                 require(value == neutral, f"grpo.{name}", value, f"{neutral}, as it would bias the importance ratio to vLLM, {off}")
         self.check_lora()
+        own = self.model.compile and self.fsdp.activation_checkpointing == "selective"
+        cure = "none, full or offload where model.compile is on, which chooses by itself what a layer keeps"
+        require(not own, "fsdp.activation_checkpointing", "selective", cure)
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")
@@ -410,7 +473,7 @@ class Config:
             require(self.model.quantization is None, "model.quantization", self.model.quantization, cure)
             return
         name = self.model.model_name_or_path
-        drawn = self.model.from_scratch or (name.startswith("builtin:") and name != "builtin:sft")
+        drawn = self.model.from_scratch or (name.startswith("builtin:") and not name.endswith("sft"))
         require(not drawn, "lora.r", self.lora.r, "null for a model of random weights, which are kept nowhere")
         cure = "false where lora.r is set and the reference is a model of its own: only a copy of the adapters can follow adapters"
         following = self.reference.sync_ref_model and self.reference.model_name_or_path
@@ -446,6 +509,15 @@ def parse(argv: list[str] | None = None) -> Config:
     if "print_config" in dict(options):
         finish(to_yaml(cfg))
     return cfg
+
+
+def dry_run(argv: list[str] | None = None) -> tuple[int, str | None] | None:
+    """What `--dry_run`, `--dry_run=64` or `--dry_run=64xcuda` asks for: (ranks, device type or None for this machine's); or None."""
+    asked = dict(read_options(sys.argv[1:] if argv is None else argv, settings(Config))).get("dry_run", "")
+    if asked == "":
+        return None
+    ranks, _, device = (asked or os.environ.get("WORLD_SIZE", "1")).partition("x")
+    return int(ranks), device or None
 
 
 def as_dict(cfg: Config) -> dict:
@@ -503,12 +575,12 @@ def read_options(argv, known) -> list[tuple[str, str]]:
             raise Refused(f"{token!r} is not an option, expected --train.max_steps 5 or --train.max_steps=5")
         name, value = match.groups()
         key = setting_of(name, known)
-        if key is None and name not in ("config", "print_config"):
-            names = [*(key for key in known if is_setting(key, known)), "config", "print_config"]
+        if key is None and name not in ("config", *FLAGS):
+            names = [*(key for key in known if is_setting(key, known)), "config", *FLAGS]
             raise Refused(f"unknown option --{name}; {nearest(name, names, '--')}")
-        if name == "print_config" and value is not None:
-            raise Refused(f"--print_config: got {value!r}, expected nothing")
-        if name != "print_config" and value is None:
+        if name in FLAGS and value is not None and not re.fullmatch(FLAGS[name], value):
+            raise Refused(f"--{name}: got {value!r}, expected nothing{' or ranks, as in --dry_run=64' if name == 'dry_run' else ''}")
+        if name not in FLAGS and value is None:
             value = next(tokens, "--")
             if value.startswith("--"):
                 raise Refused(f"--{name}: got nothing, expected {describe(known[key].type) if key else 'a YAML file'}")
@@ -564,6 +636,8 @@ def build_parser(known, texts=None) -> Parser:
     hidden = {"default": jsonargparse.SUPPRESS}
     group.add_argument("--config", metavar="FILE", help="YAML file of settings; default: launch/recipes/<algorithm>.yaml", **hidden)
     group.add_argument("--print_config", action="store_true", help="Print all settings as YAML, and exit.", **hidden)
+    text = "Show an example, the memory and the length of the run, and exit; of so many ranks, here or on GPUs: --dry_run=64xcuda."
+    group.add_argument("--dry_run", metavar="RANKS", help=text, **hidden)
     groups = {key: parser.add_argument_group(key) for key in known if not is_setting(key, known)}
     for key, f in known.items():
         if is_setting(key, known):
@@ -614,7 +688,7 @@ def nearest(name, known, dashes=""):
 
     score, best = max(map(alike, known))
     cure = next((cure for cure, names in OLD_NAMES.items() if leaf in names.split()), None)
-    return cure if cure and score < 1 else f"did you mean {dashes}{best}?" if score > 0.7 else "--help lists them all"
+    return cure if cure and best.rpartition(".")[2] != leaf else f"did you mean {dashes}{best}?" if score > 0.7 else "--help lists them all"
 
 
 def convert(read, known, place):
@@ -642,7 +716,7 @@ def load(options, known) -> Config:
         return f"--{key}" if key in given else f"{path}:{lines[key]}: {key}" if key in lines else f"{path}: {key}"
 
     parser = build_parser(known)
-    overrides = [f"--{name}={value}" for name, value in options if name not in ("config", "print_config")]
+    overrides = [f"--{name}={value}" for name, value in options if name not in ("config", *FLAGS)]
     in_file = convert(lambda: parser.parse_object(values, defaults=False), known, lambda key: (f"{path}:{lines[key]}: {key}", values[key]))
     merged = convert(lambda: parser.parse_args(overrides, in_file), known, lambda key: (f"--{key}", given[key]))
     for key, f in known.items():

@@ -391,13 +391,13 @@ class _Store:
         self.first.setdefault(reason, f"{where}: {message}")
 
 
-def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str) -> Rows:
-    """All rows of `source`, tokenised and masked.
+def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str, limit: int | None = None) -> Rows:
+    """All rows of `source`, or the first `limit`, tokenised and masked.
 
     ValueError: a malformed row unless `on_bad_row` is skip, no row left, or a setting that does not fit the rows. Rows whose prompt
     alone fills `max_length` are no error: they are dropped and counted."""
     plan, store, form, pending = KINDS[kind], _Store(), None, []
-    for where, row in read(source, split, cfg.config, cfg.columns):
+    for where, row in islice(read(source, split, cfg.config, cfg.columns), limit):
         try:
             if isinstance(row, BadRow):
                 raise row

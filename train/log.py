@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl and TensorBoard, lines or a progress bar on the console, run_status.json. Rank 0 writes."""
+"""What a run tells: metrics.jsonl and the trackers, lines or a progress bar on the console, run_status.json. Rank 0 writes."""
 
 import json
 import os
@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from train import trackers
 
 SHOWN = ("loss", "reward", "completions/mean_length", "grad_norm", "learning_rate", "mean_token_accuracy", "tokens_per_second")
 
@@ -40,13 +41,14 @@ def write_status(output_dir, state, step, error=None):
 class Log:
     """The open files of a run's metrics."""
 
-    def __init__(self, output_dir, cfg, first, last, again=None):
-        """first: the step that comes next; lines of it and later ones, left by a killed run, are taken out of the .jsonl files.
+    def __init__(self, output_dir, cfg, settings, first, last, again=None):
+        """settings: the run's, for the trackers. first: the step that comes next; lines of it and later ones, left by a killed run, are
+        taken out of the .jsonl files.
 
         again: the step before, if its evaluation is yet to come; then its lines too, but for a rollout's samples.
         """
         self.path, self.every, self.last = Path(output_dir, "metrics.jsonl"), cfg.logging_steps, last
-        self.bar = self.file = self.board = None
+        self.bar, self.file, self.trackers = None, None, []
         if dist.get_rank() != 0:
             return
         for path in (self.path, self.path.with_name("samples.jsonl")):
@@ -56,13 +58,12 @@ class Log:
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
         self.file = open(self.path, "a")  # noqa: SIM115  open for as long as the run
-        if "tensorboard" in cfg.report_to:
-            self.board = SummaryWriter(str(Path(output_dir, "tensorboard")), purge_step=again or first)
+        self.trackers = trackers.open_all(output_dir, cfg, settings, again or first)
         if sys.stderr.isatty():
             self.bar = tqdm(total=last, initial=first - 1, unit="step", dynamic_ncols=True)
 
     def write(self, step, metrics):
-        """One object of metrics.jsonl, and its numbers to TensorBoard."""
+        """One object of metrics.jsonl, and its numbers to the trackers."""
         if self.file is None:
             return
         self.file.write(json.dumps({"step": step} | metrics) + "\n")
@@ -75,22 +76,21 @@ class Log:
             say(f"step {step}/{self.last}  " + "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if k in metrics))
 
     def scalars(self, step, metrics):
-        for name, value in metrics.items() if self.board else ():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        for tracker in self.trackers if numbers else ():
+            tracker.scalars(step, numbers)
 
     def samples(self, step, samples):
-        """Generated answers, each a dict of strings: to samples.jsonl and TensorBoard."""
+        """Generated answers, each a dict of strings: to samples.jsonl and the trackers."""
         if self.file is None or not samples:
             return
         with open(self.path.with_name("samples.jsonl"), "a") as f:
             f.writelines(json.dumps({"step": step} | s, ensure_ascii=False) + "\n" for s in samples)
-        if self.board:
-            for i, sample in enumerate(samples[:3]):
-                self.board.add_text(f"samples/{i}", "\n\n".join(f"**{k}**: {v}" for k, v in sample.items()), step)
+        for tracker in self.trackers:
+            tracker.samples(step, samples)
 
     def close(self):
-        for part in (self.bar, self.file, self.board):
+        for part in (self.bar, self.file, *self.trackers):
             if part is not None:
                 part.close()
 

@@ -18,13 +18,30 @@ from models.logprobs import token_logps
 from train import peers
 
 
-def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num_tokens, max_grad_norm, stopping, check, report):
+def train(
+    model,
+    algorithm,
+    settings,
+    source,
+    optimizer,
+    lr,
+    first,
+    last,
+    *,
+    num_tokens,
+    max_grad_norm,
+    stopping,
+    check,
+    report,
+    work=None,
+    peak=None,
+):
     """Optimizer steps `first` to `last`. Returns "finished", or "preempted" after the step in which `stopping()` was true on any rank.
 
     source: generator of train.batches.Step. lr: step -> learning rate. num_tokens: seen before `first`. check(step, metrics): called
-    before each update, to stop the run by raising. report(step, metrics, preempted):
-    called on every rank after each update, to log, evaluate and save. Raises FloatingPointError before the update where loss or gradient
-    norm is not finite.
+    before each update, to stop the run by raising. report(step, metrics, preempted): called on every rank after each update, to log,
+    evaluate and save. work, peak: a models.flops.Work and a device's FLOP/s, for the log. Raises FloatingPointError before the update
+    where loss or gradient norm is not finite.
     """
     device = model.lm_head.weight.device
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -34,7 +51,7 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
         micro_batches, _, known = next(source)
         waited = time.perf_counter() - began
         peers.now(f"step {step}: training")
-        totals = total_counts(algorithm, micro_batches, stopping())
+        totals = total_counts(algorithm, micro_batches, stopping(), work)
         preempted = totals.pop("stopping") > 0
         optimizer.zero_grad()
         metrics = accumulate(model, algorithm, settings, micro_batches, totals, device, backward=True)
@@ -54,7 +71,7 @@ def train(model, algorithm, settings, source, optimizer, lr, first, last, *, num
         optimizer.step()
         num_tokens += int(totals["all_tokens"])
         metrics |= {"learning_rate": lr(step), "num_tokens": num_tokens}
-        metrics |= speeds(totals["all_tokens"], time.perf_counter() - began, waited, device)
+        metrics |= speeds(totals, time.perf_counter() - began, waited, device, peak)
         report(step, metrics, preempted)
         if preempted:
             return "preempted"
@@ -73,8 +90,8 @@ def evaluate(model, algorithm, settings, micro_batches):
     return metrics
 
 
-def total_counts(algorithm, micro_batches, stopping):
-    """What the step's losses divide by, summed over micro-batches and ranks; with it `stopping` and the number of all tokens.
+def total_counts(algorithm, micro_batches, stopping, work=None):
+    """What the step's losses divide by, summed over micro-batches and ranks; with it `stopping`, all tokens and, of `work`, FLOPs.
 
     Raises ValueError where no token is trained: fixed data has nothing to learn from, while of sampled rows the next may.
     """
@@ -83,7 +100,7 @@ def total_counts(algorithm, micro_batches, stopping):
         weight = weight_of(batch)
         mine["all_tokens"] += weight * float(batch["attention_mask"].sum())
         mine["trained_tokens"] += weight * float(batch["loss_mask"].sum())
-        for name, value in algorithm.counts(batch).items():
+        for name, value in (algorithm.counts(batch) | (work.of(batch) if work else {})).items():
             mine[name] = mine.get(name, 0.0) + weight * float(value)
     sums = torch.tensor(list(mine.values()), dtype=torch.float64)
     dist.all_reduce(sums)
@@ -120,9 +137,13 @@ def summed(metrics, device):
     return dict(zip(names, values.tolist()))
 
 
-def speeds(tokens, seconds, waited, device):
-    """How fast the step was; these numbers of a step, and no others, change from run to run."""
-    speed = {"step_time": seconds, "data_time": waited, "tokens_per_second": tokens / seconds}
+def speeds(totals, seconds, waited, device, peak):
+    """How fast the step was, of all ranks together; these numbers of a step, and no others, change from run to run."""
+    speed = {"step_time": seconds, "data_time": waited, "data_time_share": waited / seconds}
+    speed |= {"tokens_per_second": totals["all_tokens"] / seconds, "loss_tokens_per_second": totals["trained_tokens"] / seconds}
+    if peak:
+        share = seconds * peak * dist.get_world_size()
+        speed |= {"mfu": totals["flops"] / share, "mfu_noncausal": totals["flops_noncausal"] / share}
     if device.type == "cuda":
         speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return speed

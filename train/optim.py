@@ -10,6 +10,8 @@ from models import sharding
 
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")  # the names that transformers' Trainer exempts
 
+STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}  # of a trained weight
+
 
 def make_optimizer(model, train):
     """AdamW over the trainable parameters, by the name in `train.optim`; norms and biases are not decayed."""
@@ -23,11 +25,6 @@ def make_optimizer(model, train):
     if train.optim == "adamw":
         return torch.optim.AdamW(groups, **settings, fused=True)
     return OnShards(groups, train.optim, settings)
-
-
-def state_bytes(train):
-    """Of a trained weight in the optimizer."""
-    return 2 if train.optim.endswith("8bit") else 8
 
 
 class OnShards:

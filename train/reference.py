@@ -42,8 +42,11 @@ def key_of(cfg, folder, device):
     other = named(cfg)
     drawn = other is None and (cfg.model.from_scratch or cfg.model.model_name_or_path.startswith("builtin:"))
     dtype = sharding.compute_dtype(cfg.model.dtype, device)
-    more = {"quantization": cfg.model.quantization} if cfg.model.quantization else {}
+    more = {name: value for name in ("quantization", "compile", "kernels") if (value := getattr(cfg.model, name))}
     if cfg.lora.adapter_name_or_path and other is None:
+        if not Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").exists():
+            where = f"lora.adapter_name_or_path: {cfg.lora.adapter_name_or_path}"
+            raise ValueError(f"{where} is no adapter: it has no adapter_model.safetensors")
         more["adapter"] = hashlib.sha256(Path(cfg.lora.adapter_name_or_path, "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
     return more | {
         "model": (other or cfg.model).model_name_or_path,

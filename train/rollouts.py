@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from algorithms import grpo
-from models import sharding
+from models import lora, sharding
 from models.generate import Sampling, generate, stop_ids
 from models.vllm_server import VllmServer
 from train import batches, peers, reference
@@ -63,6 +63,9 @@ class Rollouts:
                 f"grpo.max_completion_length: a prompt and its completion may have {room} tokens, but the model knows {positions} positions"
             )
         self.server = None
+        head_of_its_own = sharding.is_tied(model) and lora.unties(lora.wrappers(model))
+        if cfg.rollout.engine == "vllm_server" and head_of_its_own:
+            raise ValueError("lora.modules_to_save: vLLM would keep the tied head; leave head and embedding out, or sample in_process")
         if cfg.rollout.engine == "vllm_server":
             dtype = sharding.compute_dtype(cfg.model.dtype, model.lm_head.weight.device)
             self.server = VllmServer(cfg.rollout, folder, cfg.output_dir, room, dtype)
@@ -121,7 +124,10 @@ class Rollouts:
         metrics = self.metrics(answers, flat) | {"rewards/failures": self.failures(failed), "prompts_drawn": self.drawn}
         metrics |= {"rollout_time": time.perf_counter() - began}
         metrics["rollout_tokens_per_second"] = int(answers.lengths.sum()) / metrics["rollout_time"]
-        self.journal.samples(step, self.samples(self.rows, answers, advantages))
+        samples = self.samples(self.rows, answers, advantages)
+        self.journal.samples(step, samples)
+        if (step - 1) % self.cfg.log.logging_steps == 0:
+            say(table(samples[:: settings.num_generations][:2]))
         return metrics
 
     def prompt(self, draw):
@@ -291,6 +297,15 @@ def start_rewards(cfg, rows, held_out):
     parts = [{name for example in part.examples for name in example} for part in (rows, held_out) if part]
     columns = set.intersection(*parts) - {"prompt"}  # what every call can be given
     return Rewards(cfg.grpo.reward_funcs, cfg.rollout.reward_seconds, columns, cfg.rollout.reward_workers)
+
+
+def table(samples):
+    """A line for each sample: the end of its prompt, the beginning of its completion, its rewards and its advantage."""
+    lines = []
+    for sample in samples:
+        rewards = "  ".join(f"{name} {'-' if value is None else f'{value:.3g}'}" for name, value in sample["rewards"].items())
+        lines.append(f"  {sample['prompt'][-40:]!r} -> {sample['completion'][:70]!r}  {rewards}  advantage {sample['advantage']:.2f}")
+    return "\n".join(lines)
 
 
 def sizes(cfg):

@@ -185,7 +185,8 @@ def rollouts(cfg):
     made = Rollouts.__new__(Rollouts)
     ids = torch.arange(3, 3 + sum(PROMPTS), dtype=torch.int32)
     prompts = data.Rows.of(ids, torch.zeros(len(ids), dtype=torch.bool), torch.tensor([0, *PROMPTS]).cumsum(0), {})
-    vars(made).update(cfg=SimpleNamespace(grpo=cfg), rows=prompts, stops=[STOP], rewards=SimpleNamespace(names=cfg.reward_funcs))
+    judges = SimpleNamespace(names=cfg.reward_funcs)
+    vars(made).update(cfg=SimpleNamespace(grpo=cfg), rows=prompts, stops=[STOP], rewards=judges, server=None)
     return made
 
 

@@ -27,8 +27,7 @@ def test_varlen_equals_row_by_row(key_heads, window):
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v = (torch.randn(1, h, sum(lengths), 64, device="cuda", generator=g) for h in (8, key_heads, key_heads))
     upstream = torch.randn(1, sum(lengths), 8, 64, device="cuda", generator=g)
-    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    rows = {"row_lengths": lengths, "cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sliding_window": window}
+    rows = {"rows": attention.Rows(lengths).to("cuda"), "sliding_window": window}
     results = []
     for function, dtype in ((attention.sdpa, torch.float32), (attention.varlen, torch.bfloat16)):
         inputs = [t.to(dtype).detach().requires_grad_() for t in (q, k, v)]

@@ -1,6 +1,7 @@
 """Adapters: what they are before and after training, in which names, and which settings are refused."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ SETTINGS = {
     "dora": Lora(r=4, use_dora=True),
     "head": Lora(r=4, target_modules=["q_proj", "lm_head"]),
     "saved": Lora(r=4, modules_to_save=["lm_head", "embed_tokens"]),
+    "norm": Lora(r=4, modules_to_save=["norm"]),
+    "embedding": Lora(r=4, modules_to_save=["embed_tokens"]),
 }
 
 
@@ -69,7 +72,11 @@ def test_adapters_begin_as_nothing_and_can_be_switched_off(shape, name, quantiza
 
 
 @pytest.mark.parametrize(
-    "shape, name", [("llama", "lora"), ("qwen2", "dora"), ("llama", "head"), ("llama-tied", "saved"), ("qwen3_moe", "moe")]
+    "shape, name",
+    [
+        *[("llama", "lora"), ("qwen2", "dora"), ("llama", "head"), ("llama-tied", "saved"), ("qwen3_moe", "moe")],
+        *[("llama-tied", "norm"), ("gemma3_text", "embedding")],
+    ],
 )
 def test_merged_model_and_sampler_are_the_adapted_model(shape, name, tmp_path):
     write(shape, tmp_path / "base")
@@ -98,6 +105,16 @@ def test_an_adapter_is_read_back_and_another_base_is_refused(name, tmp_path):
     write("phi3", tmp_path / "phi" / "base")
     with pytest.raises(ValueError, match=key + r" was made for other modules or a base of another shape: base_model"):
         ours(tmp_path / "phi" / "base", again)
+    written = tmp_path / "adapter" / "adapter_config.json"
+    for name, value, words in (
+        ("alpha_pattern", {"q_proj": 3}, "with alpha_pattern"),
+        ("init_lora_weights", "pissa", "changed base weights"),
+    ):
+        own = json.loads(written.read_text())
+        written.write_text(json.dumps(own | {name: value}))
+        with pytest.raises(ValueError, match=key + f".*{words}"):
+            ours(tmp_path / "base", again)
+        written.write_text(json.dumps(own))
     with pytest.raises(ValueError, match=r"^lora\.r: got 8, expected 4, with which .*adapter was made"):
         ours(tmp_path / "base", dataclasses.replace(again, r=8))
     with pytest.raises(ValueError, match=r"nowhere is no adapter: it has no adapter_model\.safetensors"):
@@ -109,6 +126,11 @@ REFUSED = [
         "llama",
         {"target_modules": ["query"]},
         r"lora\.target_modules: no module of LlamaForCausalLM matches \['query'\]; its linear layers are",
+    ),
+    (
+        "llama",
+        {"target_modules": ["q_proj", "v_porj"]},
+        r"lora\.target_modules: no module of LlamaForCausalLM matches 'v_porj'; its linear layers are",
     ),
     ("llama", {"target_modules": ["embed_tokens"]}, r"lora\.target_modules: model\.embed_tokens is no linear layer but Embedding"),
     ("llama", {"modules_to_save": ["head"]}, r"lora\.modules_to_save: no module of LlamaForCausalLM is named head"),
@@ -127,6 +149,25 @@ def test_what_cannot_have_an_adapter(shape, settings, message, tmp_path):
     write(shape, tmp_path)
     with pytest.raises(ValueError, match="^" + message):
         ours(tmp_path, Lora(r=4, **settings))
+
+
+def test_a_part_of_four_bits_cannot_be_trained_whole(tmp_path):
+    write("llama", tmp_path)
+    with pytest.raises(ValueError, match=r"^lora\.modules_to_save: mlp has 4-bit weights, which cannot be trained whole"):
+        ours(tmp_path, Lora(r=4, target_modules=["q_proj"], modules_to_save=["mlp"]), quantization="nf4")
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    write("llama", tmp_path / "base")
+    lora.save_adapter(ours(tmp_path / "base", SETTINGS["lora"]), toy.tokenizer("tiny"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"^model\.model_name_or_path: .*adapter is an adapter, not a whole model; name its base here"):
+        load.fetch(Model(str(tmp_path / "adapter")))
+
+
+@pytest.mark.parametrize("seed", [0, 2**20, 20240601, 2**40, 2**63 - 1, 2**64 - 1])
+def test_dropout_takes_any_seed(seed):
+    keys = [dropout.row_keys(s, step, torch.arange(64)) for s in (seed, 7) for step in (1, 2)]
+    assert len({k for part in keys for k in part.tolist()}) == 4 * 64
 
 
 def test_keyed_dropout(tmp_path):

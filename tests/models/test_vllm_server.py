@@ -77,7 +77,7 @@ def own_logps(model, prompt, ids, temperature=1.0):
     targets[:, : len(prompt)] = False
     batch = {"input_ids": row, "attention_mask": mask, "loss_mask": targets}
     with torch.no_grad():
-        return logprobs.token_logps(model, batch, temperature=temperature)["logps"][0, len(prompt) :]
+        return logprobs.token_logps(model, batch | {"temperature": torch.tensor(temperature)})["logps"][0, len(prompt) :]
 
 
 def distance(model, prompts, answers, temperature=1.0):

@@ -101,6 +101,7 @@ def test_default_recipe(write, monkeypatch, refusal, tmp_path):
     assert config.parse(["--data.train", "a.jsonl"]).data.train == "a.jsonl"
 
 
+TRACKERS = "a list, each item one of tensorboard, wandb, mlflow, trackio"
 YAML_ERRORS = [
     (OK + "train:\n  learning_rte: 1\n", "x.yaml:7: unknown key 'train.learning_rte'; did you mean train.learning_rate?"),
     (OK + "trian:\n  max_steps: 1\n", "x.yaml:6: unknown key 'trian'; did you mean train?"),
@@ -126,8 +127,8 @@ YAML_ERRORS = [
         "model:\n  dtype: float16\n",
         "x.yaml:2: model.dtype: got 'float16', expected one of auto, float32, bfloat16; did you mean bfloat16?",
     ),
-    (OK + "log:\n  report_to: tensorboard\n", "x.yaml:7: log.report_to: got 'tensorboard', expected a list, each item one of tensorboard"),
-    (OK + "log:\n  report_to: [wandb]\n", "x.yaml:7: log.report_to: got ['wandb'], expected a list, each item one of tensorboard"),
+    (OK + "log:\n  report_to: wandb\n", f"x.yaml:7: log.report_to: got 'wandb', expected {TRACKERS}"),
+    (OK + "log:\n  report_to: [comet]\n", f"x.yaml:7: log.report_to: got ['comet'], expected {TRACKERS}"),
     (OK + "algorithm: sftt\n", "x.yaml:6: algorithm: got 'sftt', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"),
     (OK + "train:\n", "x.yaml:6: train: got nothing, expected lines of `name: value`"),
     (OK + "train: 3\n", "x.yaml:6: train: got '3', expected lines of `name: value`"),
@@ -176,13 +177,15 @@ OPTION_ERRORS = [
     ("--model.trust_remote_code maybe", "--model.trust_remote_code: got 'maybe', expected true or false"),
     (
         "--log.report_to [tensorbord]",
-        "--log.report_to: got '[tensorbord]', expected a list, each item one of tensorboard; did you mean tensorboard?",
+        f"--log.report_to: got '[tensorbord]', expected {TRACKERS}; did you mean tensorboard?",
     ),
     ("--data.columns {a:null}", "--data.columns: got '{a:null}', expected a mapping of text to text"),
     ("--algorithm stf", "--algorithm: got 'stf', expected one of sft, dpo, simpo, kto, orpo, grpo; did you mean sft?"),
     ("--config x.yaml", "--config: given twice, expected one YAML file"),
     ("--config=", "--config: got nothing, expected one YAML file"),
     ("--print_config=x", "--print_config: got 'x', expected nothing"),
+    ("--dry_run=x", "--dry_run: got 'x', expected nothing or ranks, as in --dry_run=64"),
+    ("--dry_run=8xtpu", "--dry_run: got '8xtpu', expected nothing or ranks, as in --dry_run=64"),
 ]
 
 
@@ -232,7 +235,7 @@ def test_cures_for_old_names_name_settings():
     known = config.settings(config.Config)
     leaves = {key.rpartition(".")[2] for key in known if config.is_setting(key, known)}
     for cure, names in config.OLD_NAMES.items():
-        assert all(config.is_setting(key, known) for key in re.findall(r"[a-z_]+\.[a-z_]+", cure)), cure
+        assert all(config.is_setting(key, known) for key in re.findall(r"[a-z_]+\.[a-z_0-9]+", cure)), cure
         assert not leaves & set(names.split()), "a name of ours needs no translation"
 
 
@@ -264,6 +267,7 @@ OUT_OF_RANGE = [
     ("evaluation.steps", 10, "0 while data.eval is null; set data.eval"),
     ("evaluation.generate", 10, "0 while data.eval is null; set data.eval"),
     ("fsdp.replicas", 0, "a number from 1 up"),
+    ("fsdp.prefetch", -1, "a number from 0 up"),
     ("fsdp.timeout_seconds", 0, "a number from 1 up"),
     ("checkpoint.save_steps", -1, "a number from 0 up"),
     ("checkpoint.save_total_limit", 0, "a number from 1 up"),
@@ -482,6 +486,15 @@ def test_resolved_config_reads_back_equal(write, capsys):
     assert (end.value.code, err) == (0, "")
     write(out, "printed.yaml")
     assert config.parse(["--config", "printed.yaml"]) == config.parse(["--config", "x.yaml", "--seed", "9"])
+
+
+def test_dry_run(write, monkeypatch):
+    write(OK)
+    assert config.parse(["--config", "x.yaml", "--dry_run"]) == config.parse(["--config", "x.yaml"])
+    assert config.dry_run(["--config", "x.yaml"]) is None and config.dry_run(["--dry_run"]) == (1, None)
+    assert (config.dry_run(["--dry_run=64"]), config.dry_run(["--dry_run=8xcuda"])) == ((64, None), (8, "cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert config.dry_run(["--seed=1", "--dry_run"]) == (4, None)
 
 
 def test_print_config_refuses_what_a_run_would(write, refusal):

@@ -45,7 +45,8 @@ def settings(output_dir, model, file, **changes):
 def test_hardware_changes_nothing(shape, ranks, replicas, micro_batch_tokens, model_folder, data_file, start, train_here, tmp_path):
     """Every step equals that of one rank with the whole step in one micro-batch. qwen3 has tied embeddings, llama has not."""
     model, file = model_folder(shape), data_file("completion", ROWS)
-    split = settings(tmp_path / "split", model, file, train__micro_batch_tokens=micro_batch_tokens, fsdp__replicas=replicas)
+    fsdp = {"fsdp__replicas": replicas, "fsdp__prefetch": ranks - 1, "fsdp__activation_checkpointing": "full" if ranks > 1 else "none"}
+    split = settings(tmp_path / "split", model, file, train__micro_batch_tokens=micro_batch_tokens, **fsdp)
     run = start(split, ranks)
     whole = train_here(settings(tmp_path / "whole", model, file, train__micro_batch_tokens=4096))
     rows = run.wait().metrics()
@@ -70,12 +71,13 @@ def has_empty_micro_batch(output_dir, ranks, micro_batch_tokens):
     return any("placeholder" in batch for part in parts for batch in part)
 
 
-def test_bfloat16_stops_at_the_layers(model_folder, data_file, start, tmp_path):
-    """Layers compute in bfloat16; log-probs, reduced gradients, parameters and what the optimizer sees are float32."""
-    changes = {"model__dtype": "bfloat16", "train__max_steps": 2, "train__micro_batch_tokens": 128}
+@pytest.mark.parametrize("reduced", ["float32", "bfloat16"])
+def test_bfloat16_stops_at_the_layers(reduced, model_folder, data_file, start, tmp_path):
+    """Layers compute in bfloat16; log-probs, parameters, what the optimizer sees and, by default, reduced gradients are float32."""
+    changes = {"model__dtype": "bfloat16", "train__max_steps": 2, "train__micro_batch_tokens": 128, "fsdp__reduce_dtype": reduced}
     run = start(settings(tmp_path / "run", model_folder("llama"), data_file("completion", ROWS), **changes), 2, script=__file__)
     run.wait()
-    expected = {"layer": ["bfloat16"], "head": ["bfloat16"], "logps": ["float32"], "reduced": ["float32"]}
+    expected = {"layer": ["bfloat16"], "head": ["bfloat16"], "logps": ["float32"], "reduced": [reduced]}
     expected |= {"parameters": ["float32"], "gradients": ["float32"], "logps are rounded": [False]}
     for rank in range(2):
         assert json.loads((tmp_path / "run" / f"seen-{rank}.json").read_text()) == expected

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from train import checkpoint, loop, optim
 
 STEPS, SAVE_STEPS = 10, 5
-TIMINGS = {*loop.speeds(1.0, 1.0, 1.0, torch.device("cpu")), "peak_memory_gib"}
+TOTALS = dict.fromkeys(("all_tokens", "trained_tokens"), 1.0)
+TIMINGS = {*loop.speeds(TOTALS, 1.0, 1.0, torch.device("cpu"), None), "mfu", "mfu_noncausal", "peak_memory_gib"}
 
 
 @pytest.fixture(scope="module")

@@ -168,6 +168,7 @@ def test_sick_run_says_so(inputs, train_here, tmp_path, capsys):
         "step 1: warning: every reward equals its group's, so nothing is learned from this step",
         "step 1: warning: every completion was cut off; raise grpo.max_completion_length",
         "step 1: warning: 16 rewards failed",
+        "broken -  advantage 0.00",  # a line for a sample
         "rank 0: the first failure of broken: exception:\nTraceback",
     ):
         assert words in said

@@ -1,0 +1,113 @@
+"""MIGRATION.md, row by row, and thirty ways to get a config or a data file wrong: each ends in one line that names the cure."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.train.test_config import OK, refusal, write  # noqa: F401  fixtures
+from train import config, dry_run
+
+PAGE = (ROOT / "MIGRATION.md").read_text()
+ROWS = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+KNOWN = config.settings(config.Config)
+BLOCKS = {key for key in KNOWN if not config.is_setting(key, KNOWN)}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip())
+def test_a_row(row):
+    """The settings of the right column exist, and each name of the left one that is none of ours is refused with one of them."""
+    old, new = (re.findall(r"`([^`]+)`", cell) for cell in row)
+    new = [name for name in new if re.fullmatch(r"[a-z]+\.[a-z_0-9]+|algorithm", name)]
+    assert all(config.is_setting(name, KNOWN) for name in new), new
+    ours = {key.rpartition(".")[2] for key in KNOWN}
+    for name in old:
+        if re.fullmatch("[a-z_0-9]+", name) and name not in ours:
+            cure = config.nearest(name, KNOWN)
+            assert any(setting in cure for setting in new) if new else "nothing" in cure or "never" in cure, (name, cure)
+
+
+def test_names_that_two_cures_claim():
+    names = [name for names in config.OLD_NAMES.values() for name in names.split()]
+    assert sorted(set(names)) == sorted(names)
+
+
+WRONG_CONFIGS = [  # lines after the five of OK, or options; what the refusal must contain
+    ("train: {learning_rte: 1e-5}", "did you mean train.learning_rate?"),
+    ("lora: {lora_r: 8}", "unknown key 'lora.lora_r'; set lora.r"),
+    ("learning_rate: 1e-5", "did you mean train.learning_rate?"),
+    ("per_device_train_batch_size: 4", "set train.global_batch_size and train.micro_batch_tokens"),
+    ("use_peft: true", "set lora.r"),
+    ("warmup_ratio: 0.1", "set train.warmup_steps (a fraction below 1)"),
+    ("gradient_checkpointing: true", "set fsdp.activation_checkpointing"),
+    ("tokenizer: {path: x}", "the tokenizer's chat template is used"),
+    ("checkpointer: {_component_: torchtune.training.FullModelHFCheckpointer}", "set model.model_name_or_path"),
+    ("metric_logger: {log_dir: x}", "set log.report_to"),
+    ("sequence_len: 2048", "set data.max_length"),
+    ("sample_packing: true", "rows are always packed"),
+    ("rl: dpo", "set algorithm"),
+    ("val_set_size: 0.05", "set data.eval"),
+    ("train: {learning_rate: 5e-5x}", "expected a number"),
+    ("train: {max_steps: many}", "expected a whole number or null"),
+    ("log: {report_to: wandb}", "expected a list"),
+    ("dpo: {beta: 0.1}", "belongs to another algorithm than sft"),
+    ("lora: {lora_alpha: 16}", "set lora.r"),
+    ("evaluation: {steps: 10}", "set data.eval"),
+    ("algorithm: ppo", "expected one of sft, dpo"),
+]
+WRONG_DATA = [  # file name, its text (None: no file), options, what the refusal must contain
+    ("a.jsonl", None, "", "no such file"),
+    ("a.csv", "a,b\n", "", "expected .jsonl, .json or .parquet"),
+    ("a.jsonl", "", "", "there are no rows in it"),
+    ("a.jsonl", '{"text": "ab"\n', "", "a.jsonl:1: broken JSON"),
+    ("a.jsonl", '{"question": "a", "answer": "b"}\n', "", "data.columns: {prompt: question, completion: answer} renames them"),
+    ("a.jsonl", '{"text": 5}\n', "", "a.jsonl:1: not a string"),
+    ("a.jsonl", '{"text": "ab"}\n', "--data.columns.prompt question", "data.columns renames question, but the row has columns text"),
+    ("a.jsonl", '{"messages": [{"role": "human", "content": "a"}]}\n', "", "human is user, gpt and model are assistant"),
+    ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "", "an assistant message after the prompt"),
+    ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "--algorithm dpo", "two different answers"),
+    ("a.jsonl", '{"prompt": "a", "completion": "b"}\n', "--algorithm dpo", "expected prompt and chosen and rejected"),
+    ("a.jsonl", '{"prompt": "a", "completion": "b", "label": "yes"}\n', "--algorithm kto", "true or false in label"),
+    (
+        "a.jsonl",
+        '{"text": "%s"}\n' % ("a" * 99),
+        "--train.micro_batch_tokens 9",
+        "the 100 tokens of the longest example; raise it",
+    ),
+    ("a.jsonl", '{"text": "ab"}\n', "--model.model_name_or_path ./nowhere", "'./nowhere' cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("lines", "cure"), WRONG_CONFIGS)
+def test_wrong_config(write, refusal, lines, cure):  # noqa: F811
+    write(f"{OK}{lines}\n")
+    assert cure in refusal("--config", "x.yaml")
+
+
+@pytest.mark.parametrize(("name", "text", "options", "cure"), WRONG_DATA)
+def test_wrong_data(write, capsys, name, text, options, cure):  # noqa: F811
+    from launch.train import ALGORITHMS
+
+    if text is not None:
+        Path(name).write_text(text)
+    write(json.dumps({"output_dir": "r", "model": {"model_name_or_path": "builtin:tiny"}, "data": {"train": name}}))
+    cfg = config.parse(["--config", "x.yaml", *options.split()])
+    assert dry_run.show(cfg, ALGORITHMS[cfg.algorithm], 1, "cpu") == 2
+    err = capsys.readouterr().err
+    assert cure in err and err.count("\n") == 1, err
+
+
+def test_names_in_the_algorithms_page():
+    """Settings, recipes and metrics that ALGORITHMS.md names exist; each algorithm has a section with its file."""
+    page, readme = (ROOT / "ALGORITHMS.md").read_text(), (ROOT / "README.md").read_text()
+    names = set(re.findall(r"`([^`]+)`", page))
+    dotted = {name.split()[0].rstrip(":") for name in names if re.match(r"[a-z]+\.[a-z_]+\b(?!l)", name)} - {"samples.jsonl"}
+    assert all(config.is_setting(name, KNOWN) for name in dotted), dotted
+    recipes = {name for text in re.findall(r"recipes? (.*?)\.\n", page, re.S) for name in re.findall(r"`([^`]+)`", text)}
+    assert recipes and recipes <= {path.stem for path in (ROOT / "launch" / "recipes").glob("*.yaml")}
+    metrics = {name for name in names if "/" in name and " " not in name} - {"eval/loss"}
+    assert [name for name in metrics if name.replace("<name>/mean", "<name>/mean") not in readme] == []
+    for algorithm in config.get_args(config.AlgorithmName):
+        assert f"({'algorithms'}/{algorithm}.py)" in page

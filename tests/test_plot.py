@@ -1,0 +1,43 @@
+"""launch/plot.py on runs that are written as training writes them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="pip install -e '.[plot]'")
+from launch import plot
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs: a long one with held-out values, and one that is still writing its third line."""
+    for name, steps in (("long", 250), ("short", 2)):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i, "loss": 2.0 / i, "grad_norm": 1.0, "rows": "0a", "tokens_per_second": 9.0} for i in range(1, steps + 1)]
+        lines[-1]["eval/loss"] = 0.5
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    return [str(tmp_path / "long"), str(tmp_path / "short")]
+
+
+def test_curves(runs, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more)))
+    monkeypatch.setattr("sys.argv", ["plot.py", *runs, "--output", str(tmp_path / "x.png")])
+    plot.main()
+    assert Path(tmp_path, "x.png").read_bytes().startswith(b"\x89PNG")
+    axes = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert list(axes) == ["loss", "grad_norm", "tokens_per_second"] and axes["tokens_per_second"].get_ylabel() == "tokens/s"
+    raw, smooth, held_out, short, _ = axes["loss"].lines
+    assert raw.get_ydata()[9] == 0.2 and smooth.get_ydata()[9] == pytest.approx(sum(2.0 / i for i in range(8, 13)) / 5)
+    assert ([*held_out.get_xdata()], [*held_out.get_ydata()], [*short.get_ydata()]) == ([250], [0.5], [2.0, 1.0])
+    assert [text.get_text() for text in axes["loss"].get_legend().get_texts()] == ["long", "short"]
+
+
+def test_refusals(runs, tmp_path):
+    with pytest.raises(ValueError, match="no run has los; there are eval/loss, grad_norm, loss, tokens_per_second"):
+        plot.draw({runs[0]: plot.read(runs[0])}, ["los"], tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"nothing has no metrics\.jsonl; name the output_dir of a run"):
+        plot.read(str(tmp_path / "nothing"))

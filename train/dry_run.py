@@ -1,0 +1,249 @@
+"""What `--dry_run` shows before a run: a decoded example, the model's size, one rank's memory, steps, tokens and room on the disk.
+
+The model stands on the meta device and a micro-batch goes forward through it there, so what autograd would keep is counted, not guessed.
+No weights are read and no ranks are started.
+"""
+
+import math
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface, AutoConfig
+
+from models import load, logprobs, sharding
+from models.attention import Rows
+from train import batches, data, optim, rollouts, sources, toy
+
+SAMPLE = 1000  # rows of data.train that are tokenised
+NF4 = 0.5, (1 + 4 / 256) / 64  # bytes of a weight: sharded, and whole on every rank
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank. Not all stand at once: `peak` is the most that does."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    gathered: float  # layers that are whole for a moment, and their gradients
+    rollouts: float
+    peak: float
+
+
+def show(cfg, algorithm, ranks, device):
+    """Print it all; returns the exit code, 2 where the run would be refused. device: "cuda" or "cpu"."""
+    try:
+        for line in describe(cfg, algorithm, ranks, device):
+            print(line, flush=True)
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(cfg, algorithm, ranks, device):
+    """Lines of text, one after another as they become known. ValueError: what would end the run at its start."""
+    shape, tokenizer = model_config(cfg.model), tokenizer_of(cfg.model)
+    rows = sample(cfg, "train", cfg.data.train, cfg.data.train_split, algorithm, tokenizer)
+    yield "data.train: " + ", ".join(f"{name} {value}" for name, value in rows.report.items())
+    yield data.show(rows, tokenizer)
+    if cfg.data.eval:
+        held_out = sample(cfg, "eval", cfg.data.eval, cfg.data.eval_split, algorithm, tokenizer)
+        yield "data.eval: " + ", ".join(f"{name} {value}" for name, value in held_out.report.items())
+    model = outline(cfg, shape, device)
+    load.check_vocabulary(model, rows.report["max_token_id"])
+    if cfg.fsdp.activation_checkpointing != "none":
+        yield f"activations are counted as without fsdp.activation_checkpointing; {cfg.fsdp.activation_checkpointing} keeps fewer of them"
+    examples, steps, tokens, share = extent(cfg, algorithm, rows)
+    parts = math.ceil(tokens / steps / ranks / cfg.train.micro_batch_tokens)
+    found = memory(cfg, model, ranks, round(cfg.train.micro_batch_tokens * share), parts > 1, longest(cfg, rows))
+    everything, trained = count(model.parameters()), count(p for p in model.parameters() if p.requires_grad)
+    kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    yield f"model: {kind}, {everything:,} parameters, {trained:,} of them trained, {dtype}, {ranks} x {device}"
+    parts_of_it = ", ".join(f"{name} {in_words(value)}" for name, value in found._asdict().items() if value)
+    yield f"memory of a rank, its tensors alone, with {cfg.train.micro_batch_tokens} tokens at once: {parts_of_it}"
+    size = cfg.train.global_batch_size
+    yield f"run: {examples:,} examples, {steps:,} steps of {size}, {parts} micro-batches a rank and step, {tokens:,} tokens"
+    saved = trained * (4 + optim.STATE_BYTES[cfg.train.optim])
+    final = trained * 4 if cfg.lora.r else everything * (shape.dtype or torch.float32).itemsize
+    kept = cfg.checkpoint.save_total_limit or math.ceil(steps / (cfg.checkpoint.save_steps or steps))
+    yield f"disk: {in_words(saved)} a checkpoint, of which {kept} are kept; {in_words(final)} for final/"
+
+
+def in_words(size):
+    return f"{size / 2**30:.2f} GiB" if size > 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def model_config(cfg):
+    """The architecture, from a folder, from the hub, or of the embedded model."""
+    name = cfg.model_name_or_path
+    if name.startswith("builtin:"):
+        return toy.model_config(embedded(name))
+    return offered(AutoConfig, name, cfg)
+
+
+def embedded(name):
+    """The embedded model of this name; what the SFT default made of it has its shape."""
+    return "tiny" if name.endswith("sft") else name.removeprefix("builtin:")
+
+
+def tokenizer_of(cfg):
+    name = cfg.model_name_or_path
+    if name.startswith("builtin:"):
+        return toy.tokenizer(embedded(name))
+    return offered(load.AutoTokenizer, name, cfg)
+
+
+def offered(kind, name, cfg):
+    try:
+        return kind.from_pretrained(name, revision=cfg.model_revision, trust_remote_code=cfg.trust_remote_code)
+    except Exception as e:  # of many types, from network to parsing
+        first = str(e).splitlines()[0]
+        raise ValueError(f"model.model_name_or_path: {name!r} cannot be read, here or from the hub: {type(e).__name__}: {first}") from e
+
+
+def sample(cfg, part, source, split, algorithm, tokenizer):
+    """The first rows of data.train or data.eval, refused like all of them would be."""
+    rows = data.prepare(source, split, cfg.data, tokenizer, algorithm.ROWS, SAMPLE)
+    if algorithm.ROWS != "prompts":
+        batches.check_budget(rows, cfg.train.micro_batch_tokens)
+    return data.scoring_prompts(rows) if getattr(algorithm, "SCORES_PROMPT", False) else rows
+
+
+def extent(cfg, algorithm, rows):
+    """(examples, steps, tokens of the run, share of tokens that the head scores), by the sample where there are more rows."""
+    lines = sum(1 for _ in sources.read(cfg.data.train, cfg.data.train_split, cfg.data.config, cfg.data.columns))
+    examples = round(len(rows) * lines / min(lines, SAMPLE))
+    tokens, scored = len(rows.input_ids) / len(rows), rows.per_token.get("score_mask", rows.loss_mask).float().mean().item()
+    sizes = ()
+    if algorithm.ROWS == "prompts":  # each answer as long as it may be
+        sizes, longest = rollouts.sizes(cfg), cfg.grpo.max_completion_length
+        tokens, scored = tokens + longest, longest / (tokens + longest)
+    steps = batches.steps_in(examples, cfg.train, *sizes)
+    per_step = min(cfg.train.global_batch_size, examples if algorithm.ROWS != "prompts" else math.inf)
+    return examples, steps, round(steps * per_step * tokens), scored
+
+
+def longest(cfg, rows):
+    """Tokens of the longest row that is sampled."""
+    return int(rows.lengths.max()) + cfg.grpo.max_completion_length
+
+
+def outline(cfg, shape, device):
+    """The model on the meta device, in its compute dtype; what would be quantised is not yet."""
+    dtype = sharding.compute_dtype(cfg.model.dtype, torch.device(device))
+    model = load.outline(replace(cfg.model, quantization=None), shape, dtype, cfg.lora, f"counted_{device}")
+    for p in model.parameters():
+        p.data = p.data.to(dtype)  # as FSDP casts it for the forward pass
+    return model.train()
+
+
+def memory(cfg, model, ranks, targets, accumulates, row_length=0):
+    """What one rank needs for `targets` scored tokens of a full micro-batch; accumulates: a step has more than one micro-batch."""
+    c, shards = model.dtype.itemsize, ranks // cfg.fsdp.replicas
+    layers, head = sharding.decoder_layers(model), model.lm_head
+    inside = {id(p) for layer in layers for p in layer.parameters()}
+
+    def packed(p):
+        return cfg.model.quantization and id(p) in inside and p.ndim == 2 and not p.requires_grad
+
+    def stored(p):
+        frozen = cfg.lora.r and not p.requires_grad
+        return p.numel() * (NF4[0] / shards + NF4[1] if packed(p) else (c if frozen else 4) / shards)
+
+    def whole(parameters):  # in the compute dtype
+        return sum(p.numel() * (NF4[0] if packed(p) else c) for p in parameters)
+
+    def trained(parameters):
+        return count(p for p in parameters if p.requires_grad)
+
+    weights, gradients = sum(map(stored, model.parameters())), 4 * trained(model.parameters()) / shards
+    optimizer = optim.STATE_BYTES[cfg.train.optim] * trained(model.parameters()) / shards
+    if cfg.reference.sync_ref_model or (cfg.algorithm == "grpo" and cfg.grpo.beta):
+        weights *= 1 if cfg.lora.r else 2  # the live reference
+    tied, root = sharding.is_tied(model), [p for p in model.parameters() if id(p) not in inside]
+    open_ = [p for p in root if tied or p is not model.get_input_embeddings().weight]  # whole until the backward pass ends
+    open_ += [] if cfg.fsdp.reshard_after_forward else [p for layer in layers for p in layer.parameters()]
+    activations = kept_by_autograd(model, cfg.train.micro_batch_tokens, targets)
+    biggest = max(layers, key=lambda layer: count(layer.parameters()))
+    reducing = c + 4 + 4 / shards  # a gradient as it comes, the buffer that is reduced, this rank's part of the sum
+    unpacked = c * max((p.numel() for p in biggest.parameters() if packed(p)), default=0)
+    layer = whole(biggest.parameters()) * (2 if ranks > 1 else 1) + reducing * trained(biggest.parameters()) + unpacked
+    layer += c * trained(head.parameters()) * tied  # a tied head's gradient waits for the embedding's
+    piece = min(targets, max(1, logprobs.SLICE // head.weight.shape[0])) * head.weight.shape[0]
+    learned = trained(head.parameters())
+    scoring = max(8 * piece, (4 + c % 4) * piece + reducing * learned) if cfg.model.logprobs == "chunked" else reducing * learned
+    ending = whole(root) - whole(p for p in root if any(p is o for o in open_)) + (reducing + c * tied) * trained(root)
+    earlier = gradients if accumulates else 0
+    moments = [earlier + activations + scoring, earlier + activations + layer, gradients + ending]
+    sampling = sampled(cfg, model, whole(model.parameters()), ranks, row_length) if cfg.algorithm == "grpo" else 0
+    peak = weights + optimizer + max(whole(open_) + max(moments), sampling)
+    return Memory(weights, gradients, optimizer, activations, scoring, whole(open_) + layer, sampling, peak)
+
+
+def sampled(cfg, model, whole, ranks, row_length):
+    """Bytes of the gathered model and of the caches of the completions that one rank decodes at once."""
+    if cfg.rollout.engine != "in_process":
+        return 0
+    shape = model.config.get_text_config()
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    at_once = min(cfg.rollout.max_num_seqs, math.ceil(cfg.train.global_batch_size * cfg.grpo.steps_per_generation / ranks))
+    token = 2 * shape.num_hidden_layers * (shape.num_key_value_heads or shape.num_attention_heads) * width * model.dtype.itemsize
+    return whole + at_once * (row_length * token + 12 * shape.vocab_size)  # float32 logits, their order and their sums
+
+
+def kept_by_autograd(model, tokens, targets):
+    """Bytes that a forward pass over `tokens` tokens keeps for the backward pass, each storage once; weights not counted."""
+    weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        kept[storage._cdata] = storage  # held, or another could have its number
+        return t
+
+    ids, places = torch.zeros(1, tokens, dtype=torch.long, device="meta"), torch.zeros(targets, dtype=torch.long, device="meta")
+    rows = Rows([tokens]).to("meta")
+    keys = torch.zeros(tokens, dtype=torch.long, device="meta")
+    with saved_tensors_hooks(keep, lambda t: t):
+        try:
+            out = model.score(ids, ids, places, places, rows, ("entropy",), 1.0, keys)["logps"]
+        except (RuntimeError, NotImplementedError) as e:
+            raise ValueError(
+                f"--dry_run: {type(model).__name__} chooses its work by its data (experts?), so its activations cannot be counted: {e}"
+            ) from e
+    ctx = out.grad_fn
+    p = getattr(ctx, "p", None)  # a head of one slice keeps its probabilities
+    return sum(s.nbytes() for s in kept.values() if s._cdata not in weights) + (p.nbytes if p is not None else 0)
+
+
+class Counted(torch.autograd.Function):
+    """What attention over packed rows keeps: query, key, value, its output and one number a token and head."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device="meta")  # (1, heads, N, D)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device="meta"))
+        return out
+
+
+def counted_cpu(module, query, key, value, attention_mask, **kwargs):
+    """As `attention.sdpa`: rows are put together, so the output is there twice."""
+    return Counted.apply(query, key, value).transpose(1, 2), None
+
+
+def counted_cuda(module, query, key, value, attention_mask, **kwargs):
+    """As `attention.varlen`, whose output is already in the order that the next layer wants."""
+    return Counted.apply(query, key, value).view(1, query.shape[2], query.shape[1], -1), None
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+AttentionInterface.register("counted_cpu", counted_cpu)
+AttentionInterface.register("counted_cuda", counted_cuda)
