@@ -5,11 +5,11 @@ and it goes on where it stood.
 """
 
 import dataclasses
-import itertools
 import os
 import sys
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,25 +38,16 @@ def main():
         return
     device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
     peers.begin()
-    progress = {}
+    progress, state = {}, "preempted"
     try:
-        try:
+        with suppress(peers.Preempted):  # in a reference pass, or in the SFT run; nothing is lost
             if cfg.model.model_name_or_path in STARTS:
                 cfg = after_sft(cfg, device)
             state = run(cfg, device, progress)
-        except peers.Preempted:  # in a reference pass, or in the SFT run; nothing is lost
-            state = "preempted"
         if progress:
             log.write_status(cfg.output_dir, state, progress["step"])
     except BaseException as e:
-        expected, where = isinstance(e, (ValueError, FloatingPointError, checkpoint.SaveError)), peers.here["phase"]
-        words = str(e) if expected else f"failed in {where!r}: {traceback.format_exc()}"
-        print(f"rank {dist.get_rank()}: {words}", file=sys.stderr, flush=True)
-        if missing := peers.lost(e):
-            print(missing, file=sys.stderr, flush=True)
-        if progress:  # a run that was refused leaves the status of the run that stands in its output_dir
-            log.write_status(cfg.output_dir, "failed", progress["step"], missing or f"{type(e).__name__}: {e}")
-        os._exit(2 if isinstance(e, ValueError) else 1)  # the launcher ends the other ranks, which may wait for this one
+        give_up(cfg, progress, e)
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -64,131 +55,191 @@ def main():
     os._exit(0)  # a bare interpreter exit after gloo sometimes aborts
 
 
+def give_up(cfg, progress, error):
+    """Say what went wrong, and which rank is missing where that is why; end this process, whereupon the launcher ends the other ranks."""
+    expected, where = isinstance(error, (ValueError, FloatingPointError, checkpoint.SaveError)), peers.here["phase"]
+    words = str(error) if expected else f"failed in {where!r}: {traceback.format_exc()}"
+    print(f"rank {dist.get_rank()}: {words}", file=sys.stderr, flush=True)
+    if missing := peers.lost(error):
+        print(missing, file=sys.stderr, flush=True)
+    if progress:  # a run that was refused leaves the status of the run that stands in its output_dir
+        with suppress(OSError):  # a disk that is full or gone, as has been said above
+            log.write_status(cfg.output_dir, "failed", progress["step"], missing or f"{type(error).__name__}: {error}")
+    os._exit(2 if isinstance(error, ValueError) else 1)
+
+
 def run(cfg, device, progress):
     """The run that `cfg` describes; returns "finished" or "preempted". progress["step"], once it writes, is the last finished step."""
     peers.now("reading model and data")
     trackers.check(cfg.log)
-    algorithm, settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
     checkpoint.claim(cfg.output_dir)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    resumed, folder, tokenizer, rows, held_out, record = read_inputs(cfg, algorithm, settings, device)
-    judges = rollouts.start_rewards(cfg, rows, held_out) if algorithm.ROWS == "prompts" else None
-    before = checkpoint.read_state(resumed) if resumed else {"step": 0}
-    progress["step"] = saved = before["step"]
-    if rank == 0:
-        Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
-        log.write_status(cfg.output_dir, "running", progress["step"])
-
-    model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed, cfg.lora)
-    for part in (rows, held_out) if held_out else (rows,):
-        load.check_vocabulary(model, part.report["max_token_id"])
-    parameters, trained, held = load.size(model)
-    dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
-    first = progress["step"] + 1
-    last = record["steps"]
-    journal = log.Log(cfg.output_dir, cfg.log, config.as_dict(cfg), first, last, saved if "unevaluated" in before else None)
-    exported = 4 * trained if cfg.lora.r else parameters * (model.config.dtype or torch.float32).itemsize
-    size = int(trained * (4 + optim.STATE_BYTES[cfg.train.optim])) + (4 * trained if cfg.reference.sync_ref_model else 0)
-    saves = len([s for s in range(first, last + 1) if s == last or due(s, cfg.checkpoint.save_steps)])
-    checkpoint.check_space(cfg.output_dir, cfg.checkpoint, size, exported, saves)
-    peers.now("reference log-probs")
-    rows, held_out, follower = with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out)
-    changing = follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
-    sampler = rollouts.Rollouts(cfg, folder, model, tokenizer, rows, judges, dealt, journal) if judges else None
-    optimizer = optim.make_optimizer(model, cfg.train)
-    state = checkpoint.load(resumed, model, optimizer, changing) if resumed else {"num_tokens": 0}
-    saver = checkpoint.Saver(cfg.output_dir, cfg.checkpoint, model, optimizer, changing)
-    if sampler and resumed:
-        sampler.restore(Path(resumed), state)
-    steps = f"steps {first} to {last}" if first <= last else f"all {last} steps are done"
-    say(
-        f"{parameters:,} parameters, {trained:,} of them trained, {held / parameters:.3f} bytes each on a rank; {ranks} x {device.type}, "
-        f"{model.config._attn_implementation} attention; {steps}"
-    )
-
-    def complete(step):
-        step = reference.live(step, follower) if follower else step
-        return batches.with_statistics(step, model, algorithm, settings)
-
-    def source():
-        stream = sampler.steps(first) if sampler else batches.offline_steps(rows, cfg.train, cfg.seed, first, *dealt[1:])
-        for number, drawn in zip(itertools.count(first), stream):  # drawn first: a rollout that is preempted comes again
-            if changing and number > 1 and due(number - 1, cfg.reference.ref_model_sync_steps):
-                reference.follow(follower, model, cfg.reference.ref_model_mixup_alpha)
-            yield complete(drawn)
-
-    def test(step):
-        peers.now(f"step {step}: evaluation")
-        return evaluate(cfg, algorithm, model, tokenizer, sampler, complete, held_out, dealt, journal, step, last) if held_out else {}
-
-    def check(step, metrics):
-        if sampler:
-            sampler.check(step, metrics)
-        elif step == 1 and algorithm.REFERENCE and cfg.reference.model_name_or_path is None:
-            reference.check_first_step(metrics, settings.beta)
-
-    def save(step, more):
-        nonlocal saved
-        peers.now(f"step {step}: saving")
-        files, numbers = sampler.kept(step) if sampler else ({}, {})
-        saver.save(step, record | {"num_tokens": state["num_tokens"]} | numbers | more, files)
-        saved = step
-
-    def report(step, metrics, preempted):
-        progress["step"], state["num_tokens"], owed = step, metrics["num_tokens"], {}
-        if step == last or due(step, cfg.evaluation.steps):
-            try:
-                metrics |= test(step)
-            except peers.Preempted:  # the next start evaluates, and writes the line of this step
-                owed = {"unevaluated": metrics}
-        if not owed:
-            journal.write(step, metrics)
-        if step == last or preempted or owed or due(step, cfg.checkpoint.save_steps):
-            save(step, owed)
-        if owed:
-            raise peers.Preempted
-
-    outcome = "preempted"
-    with suppress(peers.Preempted):
-        if first == 1:
-            journal.scalars(0, test(0))
-        if "unevaluated" in before:
-            journal.write(saved, before["unevaluated"] | test(saved))
-        outcome = loop.train(
-            *(model, algorithm, settings, source(), optimizer, lambda step: optim.learning_rate(cfg.train, last, step), first, last),
-            num_tokens=state["num_tokens"],
-            max_grad_norm=cfg.train.max_grad_norm,
-            stopping=peers.asked,
-            check=check,
-            report=report,
-            work=flops.Work(model),
-            peak=flops.peak(device, sharding.compute_dtype(cfg.model.dtype, device)),
-        )
-    if progress["step"] > saved:  # preempted in a rollout
-        save(progress["step"], {})
-    saver.finish()
-    for part in (journal, sampler):
-        if part:
-            part.close()
-    peers.now("export")
+    under_way = Run(cfg, device, progress)
+    outcome = under_way.train()
     if outcome == "finished":
-        save = lora.save_adapter if cfg.lora.r else load.save_pretrained
-        save(model, tokenizer, Path(cfg.output_dir, "final"))
-        if rank == 0:
-            card.write(cfg, record["data"], rows.report)
-        say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
+        peers.now("export")
+        under_way.export()
     checkpoint.release(cfg.output_dir)
     return outcome
 
 
-def with_reference(cfg, algorithm, settings, model, folder, device, record, dealt, rows, held_out):
-    """(rows, held-out rows, live reference or None): rows with reference log-probs, unless the reference must score what is yet to come."""
-    if not (algorithm.REFERENCE and settings.beta):
-        return rows, held_out, None
-    if cfg.reference.sync_ref_model or algorithm.ROWS == "prompts":
-        return rows, held_out, reference.live_model(cfg, model, folder, device)
-    parts = (part and reference.with_logps(part, model, record["reference"], cfg, folder, device, dealt) for part in (rows, held_out))
-    return *parts, None
+class Run:
+    """All that a run holds, and what happens around its steps."""
+
+    def __init__(self, cfg, device, progress):
+        self.cfg, self.device, self.progress = cfg, device, progress
+        self.algorithm, self.settings = ALGORITHMS[cfg.algorithm], getattr(cfg, cfg.algorithm)
+        resumed, folder, self.tokenizer, rows, held_out, self.record = read_inputs(cfg, self.algorithm, self.settings, device)
+        judges = rollouts.start_rewards(cfg, rows, held_out) if self.algorithm.ROWS == "prompts" else None
+        before = checkpoint.read_state(resumed) if resumed else {"step": 0, "num_tokens": 0}
+        self.unevaluated = before.get("unevaluated")  # the metrics of a step whose evaluation was left
+        self.saved = progress["step"] = before["step"]
+        self.first, self.last, self.num_tokens = before["step"] + 1, self.record["steps"], before["num_tokens"]
+        if dist.get_rank() == 0:
+            Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
+            log.write_status(cfg.output_dir, "running", progress["step"])
+
+        self.model = model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed, cfg.lora)
+        for part in (rows, held_out) if held_out else (rows,):
+            load.check_vocabulary(model, part.report["max_token_id"])
+        parameters, trained, held = load.size(model)
+        self.check_space(parameters, trained)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        self.dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
+        again = self.saved if self.unevaluated else None
+        self.journal = log.Log(cfg.output_dir, cfg.log, config.as_dict(cfg), self.first, self.last, again)
+        peers.now("reference log-probs")
+        self.rows, self.held_out, self.follower = self.with_reference(folder, rows, held_out)
+        changing = self.follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
+        self.sampler = rollouts.Rollouts(cfg, folder, model, self.tokenizer, rows, judges, self.dealt, self.journal) if judges else None
+        self.optimizer = optim.make_optimizer(model, cfg.train)
+        self.saver = checkpoint.Saver(cfg.output_dir, cfg.checkpoint, model, self.optimizer, changing)
+        if resumed:
+            checkpoint.load(resumed, model, self.optimizer, changing)
+            if self.sampler:
+                self.sampler.restore(Path(resumed), before)
+        steps = f"steps {self.first} to {self.last}" if self.first <= self.last else f"all {self.last} steps are done"
+        say(
+            f"{parameters:,} parameters, {trained:,} of them trained, {held / parameters:.3f} bytes each on a rank; "
+            f"{ranks} x {device.type}, {model.config._attn_implementation} attention; {steps}"
+        )
+
+    def check_space(self, parameters, trained):
+        """Refuse a disk on which the checkpoints to come and the exported model have no room."""
+        cfg, steps = self.cfg, range(self.first, self.last + 1)
+        exported = 4 * trained if cfg.lora.r else parameters * (self.model.config.dtype or torch.float32).itemsize
+        size = int(trained * (4 + optim.STATE_BYTES[cfg.train.optim] + 4 * cfg.reference.sync_ref_model))
+        saves = len([step for step in steps if step == self.last or due(step, cfg.checkpoint.save_steps)])
+        checkpoint.check_space(cfg.output_dir, cfg.checkpoint, size, exported, saves)
+
+    def with_reference(self, folder, rows, held_out):
+        """(rows, held-out rows, live reference or None): rows with reference log-probs, unless it must score what is yet to come."""
+        if not (self.algorithm.REFERENCE and self.settings.beta):
+            return rows, held_out, None
+        if self.cfg.reference.sync_ref_model or self.algorithm.ROWS == "prompts":
+            return rows, held_out, reference.live_model(self.cfg, self.model, folder, self.device)
+        more = self.record["reference"], self.cfg, folder, self.device, self.dealt
+        return *(part and reference.with_logps(part, self.model, *more) for part in (rows, held_out)), None
+
+    def source(self):
+        """The steps to come, with all that their losses want."""
+        cfg, number = self.cfg, self.first
+        if self.sampler:
+            drawn = self.sampler.steps(self.first)
+        else:
+            drawn = batches.offline_steps(self.rows, cfg.train, cfg.seed, self.first, *self.dealt[1:])
+        for step in drawn:  # before the reference changes: a rollout that is preempted comes again
+            if cfg.reference.sync_ref_model and number > 1 and due(number - 1, cfg.reference.ref_model_sync_steps):
+                reference.follow(self.follower, self.model, cfg.reference.ref_model_mixup_alpha)
+            yield self.complete(step)
+            number += 1
+
+    def complete(self, step):
+        step = reference.live(step, self.follower) if self.follower else step
+        return batches.with_statistics(step, self.model, self.algorithm, self.settings)
+
+    def train(self):
+        """All steps; returns "finished" or "preempted"."""
+        outcome, cfg = "preempted", self.cfg
+        with suppress(peers.Preempted):
+            if self.first == 1:
+                self.journal.scalars(0, self.evaluate(0))
+            if self.unevaluated:
+                self.journal.write(self.saved, self.unevaluated | self.evaluate(self.saved))
+            outcome = loop.train(
+                *(self.model, self.algorithm, self.settings, self.source(), self.optimizer),
+                *(lambda step: optim.learning_rate(cfg.train, self.last, step), self.first, self.last),
+                num_tokens=self.num_tokens,
+                max_grad_norm=cfg.train.max_grad_norm,
+                stopping=peers.asked,
+                check=self.check,
+                report=self.report,
+                work=flops.Work(self.model),
+                peak=flops.peak(self.device, sharding.compute_dtype(cfg.model.dtype, self.device)),
+            )
+        if self.progress["step"] > self.saved:  # preempted in a rollout
+            self.save(self.progress["step"])
+        self.saver.finish()
+        for part in (self.journal, self.sampler):
+            if part:
+                part.close()
+        return outcome
+
+    def check(self, step, metrics):
+        if self.sampler:
+            self.sampler.check(step, metrics)
+        elif step == 1 and self.algorithm.REFERENCE and self.cfg.reference.model_name_or_path is None:
+            reference.check_first_step(metrics, self.settings.beta)
+
+    def report(self, step, metrics, preempted):
+        """After an update: evaluate, log and save what is due. An evaluation that is left is made by the next start."""
+        self.progress["step"], self.num_tokens, owed = step, metrics["num_tokens"], {}
+        if step == self.last or due(step, self.cfg.evaluation.steps):
+            try:
+                metrics |= self.evaluate(step)
+            except peers.Preempted:
+                owed = {"unevaluated": metrics}
+        if not owed:
+            self.journal.write(step, metrics)
+        if step == self.last or preempted or owed or due(step, self.cfg.checkpoint.save_steps):
+            self.save(step, owed)
+        if owed:
+            raise peers.Preempted
+
+    def save(self, step, more=()):
+        peers.now(f"step {step}: saving")
+        files, numbers = self.sampler.kept(step) if self.sampler else ({}, {})
+        self.saver.save(step, self.record | {"num_tokens": self.num_tokens} | numbers | dict(more), files)
+        self.saved = step
+
+    def evaluate(self, step):
+        """Held-out loss, or rewards, and generated answers, as `eval/` metrics; the last evaluation shows three answers."""
+        if not self.held_out:
+            return {}
+        peers.now(f"step {step}: evaluation")
+        metrics, samples, how = {}, [], self.cfg.evaluation
+        if not self.sampler:
+            number = len(self.held_out)
+            held = self.complete(batches.Step(batches.micro_batches(self.held_out, range(number), *self.dealt), number, {}))
+            metrics = loop.evaluate(self.model, self.algorithm, self.settings, held.micro_batches)
+        if how.generate:
+            answers = self.sampler.evaluate if self.sampler else partial(loop.answer, self.model, self.tokenizer, cfg=how)
+            scores, samples = answers(self.held_out)
+            metrics |= scores
+        metrics = {f"eval/{name}": value for name, value in metrics.items()}
+        self.journal.samples(step, samples)
+        for sample in samples[:3] if step == self.last else ():
+            say("\n".join(f"{name}: {text}" for name, text in sample.items()) + "\n")
+        say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        return metrics
+
+    def export(self):
+        """`final/`: the model, or its adapter, with a card."""
+        cfg = self.cfg
+        save = lora.save_adapter if cfg.lora.r else load.save_pretrained
+        save(self.model, self.tokenizer, Path(cfg.output_dir, "final"))
+        if dist.get_rank() == 0:
+            card.write(cfg, self.record["data"], self.rows.report)
+        say(f"wrote {cfg.output_dir}/final, {'an adapter for peft' if cfg.lora.r else 'a Hugging Face folder'}")
 
 
 def read_inputs(cfg, algorithm, settings, device):
@@ -235,24 +286,6 @@ def after_sft(cfg, device):
 
 def due(step, every):
     return bool(every) and step % every == 0
-
-
-def evaluate(cfg, algorithm, model, tokenizer, sampler, complete, held_out, dealt, journal, step, last):
-    """Held-out loss, or rewards, and generated answers, as `eval/` metrics; the last evaluation shows three answers."""
-    metrics, samples = {}, []
-    peers.together()  # before a reference scores all held-out rows
-    if not sampler:
-        held = complete(batches.Step(batches.micro_batches(held_out, range(len(held_out)), *dealt), len(held_out), {}))
-        metrics = loop.evaluate(model, algorithm, getattr(cfg, cfg.algorithm), held.micro_batches)
-    if cfg.evaluation.generate:
-        scores, samples = sampler.evaluate(held_out) if sampler else loop.answer(model, tokenizer, held_out, cfg.evaluation)
-        metrics |= scores
-    metrics = {f"eval/{name}": value for name, value in metrics.items()}
-    journal.samples(step, samples)
-    for sample in samples[:3] if step == last else ():
-        say("\n".join(f"{name}: {text}" for name, text in sample.items()) + "\n")
-    say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    return metrics
 
 
 def find_checkpoint(cfg):

@@ -20,9 +20,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 
 from launch import train as launcher
 from models import sharding
-from train import config, toy
+from train import config, loop, toy
 
 ROOT = Path(__file__).resolve().parents[1]
+TOTALS = dict.fromkeys(("all_tokens", "trained_tokens"), 1.0)
+TIMINGS = {*loop.speeds(TOTALS, 1.0, 1.0, torch.device("cpu"), None), "mfu", "mfu_noncausal", "peak_memory_gib"}
+TIMINGS |= {"rollout_time", "rollout_tokens_per_second"}  # of metrics.jsonl, all that changes from run to run
 TINY = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -110,6 +113,11 @@ def write_recipe(settings):
     path = Path(f"{settings['output_dir']}.yaml")
     path.write_text(yaml.safe_dump(nested))
     return path
+
+
+def plain(row):
+    """A line of metrics.jsonl without what changes from run to run."""
+    return {key: value for key, value in row.items() if key not in TIMINGS}
 
 
 def read_metrics(output_dir):

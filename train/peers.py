@@ -97,20 +97,34 @@ def between(items):
 
 def lost(error):
     """Which ranks are missing, and where they were, if `error` is that of a collective; else tells the others of it. Returns words."""
-    rank, world, words = dist.get_rank(), dist.get_world_size(), []
-    of_a_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
-    with suppress(RuntimeError):
-        store = here.get("store")
-        if store:
-            store.set(f"peers/failed/{rank}", "" if of_a_collective else f"{type(error).__name__}: {error}"[:300])
-        if not (store and of_a_collective):
-            return ""
+    words, of_a_collective = [], isinstance(error, dist.DistError) or "gloo" in str(error)
+    if "store" in here:
+        failure = "" if of_a_collective else f"{type(error).__name__}: {error}"[:300]
+        reader = threading.Thread(target=look, args=(here["store"], failure, words), daemon=True)
+        reader.start()
+        reader.join(2 * SILENCE)  # it may wait for ever, where the link to the store's host is cut
+    if not of_a_collective:
+        return ""
+    if dist.get_rank() == 0:
+        time.sleep(SILENCE / 2)  # the store may be this process's, and others still read it
+    waited = time.monotonic() - here["since"]
+    missing = "; ".join(words) or "a rank that cannot be named, as the store by which ranks meet does not answer"
+    return f"rank {dist.get_rank()} waited in {here['phase']!r}, begun {waited:.0f} s ago, for: {missing}"
 
-        def read(kind, r):
-            key = f"peers/{kind}/{r}"
-            return store.get(key).decode() if store.check([key]) else None
 
-        others = [r for r in range(world) if r != rank]
+def look(store, failure, words):
+    """Post this rank's failure ("": that of another), and find words for the ranks that are missing."""
+    rank = dist.get_rank()
+
+    def read(kind, r):
+        key = f"peers/{kind}/{r}"
+        return store.get(key).decode() if store.check([key]) else None
+
+    with suppress(RuntimeError):  # the store ends with torchrun or rank 0
+        store.set(f"peers/failed/{rank}", failure)
+        if failure:
+            return
+        others = [r for r in range(dist.get_world_size()) if r != rank]
         beats = {r: read("beat", r) for r in others}
         time.sleep(SILENCE)
         for r in others:
@@ -118,10 +132,5 @@ def lost(error):
             if failed:
                 words.append(f"rank {r} failed in {phase!r}: {failed}")
             elif failed is None:
-                lives = read("beat", r) != beats[r]
-                how = "does not answer" if lives else f"gives no sign of life for {SILENCE:g} s"
+                how = "does not answer" if read("beat", r) != beats[r] else f"gives no sign of life for {SILENCE:g} s"
                 words.append(f"rank {r} {how}; it was last in {phase!r}")
-    if rank == 0:
-        time.sleep(SILENCE / 2)  # the store may be this process's, and others still read it
-    waited = time.monotonic() - here["since"]
-    return f"rank {rank} waited in {here['phase']!r}, begun {waited:.0f} s ago, for: " + ("; ".join(words) or "a rank that is gone")

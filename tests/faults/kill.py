@@ -18,15 +18,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), *map(str, Path(__file__).resolve().parents[1:3])]
 
 import psutil  # noqa: E402
+from conftest import SHAPES, plain  # noqa: E402
 from nursery import Nursery  # noqa: E402
 
 STEPS = 24
-TIMINGS = {"step_time", "data_time", "tokens_per_second", "peak_memory_gib", "rollout_time", "rollout_tokens_per_second"}
-
-
-def plain(row):
-    """A line of metrics.jsonl without what changes from run to run."""
-    return {key: value for key, value in row.items() if key not in TIMINGS}
 
 
 def expected_of(run):
@@ -69,7 +64,6 @@ def settings_of(folder, inputs, steps, **changes):
 def make_inputs(folder):
     """A tiny model with weights, and rows."""
     import torch
-    from conftest import SHAPES
     from transformers import AutoModelForCausalLM
 
     from train import toy

@@ -5,6 +5,7 @@ by wrapping functions after the fork, so the product knows nothing of them.
 """
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from conftest import read_metrics, write_recipe  # noqa: E402
 
 PLACES = {  # of a save, in order: the function that is wrapped, which of its calls, and whether the fault comes before or after it
+    "flush": ("sync", "rank-", "before"),
     "own tensors": ("write", "rank-", "after"),
     "state": ("put", "state.json", "after"),
     "half a manifest": ("put", "manifest.json", "half"),
@@ -205,6 +207,10 @@ def out_of_memory():
     raise torch.OutOfMemoryError("out of memory: tried to allocate 80 GiB")
 
 
+def input_output_error():
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 def not_finite():
     """The next gradient norm of this rank is not a number."""
     from train import loop
@@ -223,6 +229,7 @@ DO = {
     "abort": os.abort,
     "segfault": lambda: ctypes.string_at(0),
     "out of memory": out_of_memory,
+    "input/output error": input_output_error,
     "not finite": not_finite,
 }
 

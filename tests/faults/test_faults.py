@@ -35,7 +35,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from kill import assert_same, expected_of, plain
+from conftest import plain
+from kill import assert_same, expected_of
 from nursery import PLACES, Nursery
 from safetensors.torch import load_file, save_file
 
@@ -123,7 +124,7 @@ def test_killed_at_every_place_of_a_save(background, nursery, settings, whole, t
     """F2, F12: one run, killed in the save of step 1 at the first place, in that of step 2 at the next, and so on."""
     given = settings(tmp_path / "run", changes={"checkpoint.async_save": background})
     for step, place in enumerate(PLACES, 2):
-        dying = place == "own tensors"  # rank 0 does the rest
+        dying = place in ("flush", "own tensors")  # rank 0 does the rest
         run = nursery.start(given, 2, {"do": "kill", "place": place, "step": step, "on": int(dying)})
         assert run.wait()[int(dying)] == -signal.SIGKILL, f"{place}: the fault did not come\n{run.console.read_text()[-3000:]}"
         published = place in ("after the rename", "before the pruning", "inside of the pruning")
@@ -319,7 +320,7 @@ def test_a_disk_that_fills_up(policy, background, nursery, settings, small_disk,
     step = max(checkpoint.found(run.folder))
     os.unlink(disk / "others")
     again = nursery.start(given, 2)
-    while len(again.metrics()) < step + 2:
+    while max(checkpoint.found(run.folder)) <= step:
         assert not again.ended(), again.console.read_text()[-3000:]
         time.sleep(0.01)
     again.kill()
@@ -333,20 +334,51 @@ def test_an_output_dir_that_cannot_be_written(one_rank, tmp_path):
         checkpoint.claim(tmp_path / "file" / "run")
 
 
-def test_an_output_dir_that_becomes_read_only(nursery, settings, small_disk):
-    """F5."""
-    disk = small_disk(40)
-    run = nursery.start(settings(disk / "run", changes={"train.max_steps": 100000, "train.lr_scheduler_type": "constant"}), 2)
+@pytest.fixture
+def read_only():
+    """(folder): from now on nothing can be opened for writing in it."""
+    made = []
+
+    def make(folder):
+        if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+            pytest.skip("this user may not mount a folder read-only")
+        made.append(folder)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+    yield make
+    for folder in made:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_an_output_dir_that_becomes_read_only(nursery, settings, read_only, tmp_path):
+    """F5: the run ends and says why."""
+    run = nursery.start(settings(tmp_path / "run", changes={"train.max_steps": 100000, "train.lr_scheduler_type": "constant"}), 2)
     while len(run.metrics()) < 3:
         time.sleep(0.01)
-    run.signal(signal.SIGSTOP)
-    time.sleep(0.1)
-    if subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode:
-        run.kill()
-        pytest.skip("this system does not make a busy disk read-only")
-    run.signal(signal.SIGCONT)
+    read_only(run.folder)
     assert set(run.wait()) == {1}
-    assert "Read-only file system" in run.console.read_text()
+    text = run.console.read_text()
+    assert "Read-only file system" in text and f"{run.folder}/.tmp-checkpoint-" in text, text[-3000:]
+
+
+def test_an_output_dir_that_is_read_only(nursery, settings, read_only, tmp_path):
+    """F5: refused before a model is read."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    read_only(folder)
+    run = nursery.start(settings(folder), 2)
+    assert set(run.wait()) == {2}
+    assert f"output_dir: {folder} cannot be written: Read-only file system" in run.console.read_text()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_with_errors(background, nursery, settings, tmp_path):
+    """F5: a save whose flush fails is no checkpoint, and the one before it stands."""
+    given = settings(tmp_path / "run", changes={"checkpoint.async_save": background})
+    run = nursery.start(given, 2, {"do": "input/output error", "place": "flush", "step": 4, "on": 1})
+    assert set(run.wait()) == {1}
+    assert "Input/output error" in run.console.read_text() and max(checkpoint.found(run.folder)) == 3
+    assert not list(run.folder.glob(".tmp-*"))
 
 
 # ---- other hardware, other inputs ----------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import ROOT, read_metrics, write_recipe
-from kill import plain
+from conftest import ROOT, plain, read_metrics, write_recipe
 
 LIMIT = 15  # seconds of fsdp.timeout_seconds
 

@@ -20,12 +20,15 @@ METHODS = {("torch", "load"), ("numpy", "load"), ("np", "load"), ("yaml", "load"
 METHODS |= {("os", "system"), ("os", "popen"), ("subprocess", "call"), ("subprocess", "run"), ("subprocess", "Popen")}
 ALLOWED = {  # file: what of it -> why
     "launch/get_smollm2.py": {"subprocess.run": "a package manager, to fetch the model that the script is named for"},
+    "launch/doctor.py": {"importlib": "whether packages of a list in the file are installed"},
+    "models/attention.py": {"importlib": "attention packages of a table in the file"},
     "train/rewards.py": {
         "exec": "a reward file that the user names, in a process of its own",
         "compile": "the same file, so that tracebacks show its lines",
         "Connection": "requests to reward workers are pickled, replies are JSON: a worker cannot run code here",
         "subprocess.Popen": "the reward workers",
     },
+    "train/trackers.py": {"importlib": "trackers of a table in the file"},
     "models/vllm_server.py": {"subprocess.Popen": "vLLM, by rollout.vllm_command"},
     "models/vllm_watch.py": {"subprocess.Popen": "vLLM, by rollout.vllm_command"},
 }

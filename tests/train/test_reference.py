@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import TIMINGS
 from safetensors.torch import load_file, save_file
-from test_resume import TIMINGS, assert_same_bytes, until
+from test_resume import assert_same_bytes, until
 from transformers import AutoModelForCausalLM
 
 from launch import train as launcher

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import plain
 from safetensors.torch import load_file
-from test_resume import TIMINGS as SPEEDS
 
 from launch import train as launcher
 from models import generate, sharding
 from train import checkpoint, config, data, rollouts
 
-TIMINGS = SPEEDS | {"rollout_time", "rollout_tokens_per_second"}
 REWARDS = '''
 def early(completions, letter):
     """The share of letters before the wanted one, and a little for each place where that stands."""
@@ -103,7 +102,7 @@ def lines(folder, name):
 
 
 def without_timings(rows):
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+    return [plain(row) for row in rows]
 
 
 # ---- the hardware ------------------------------------------------------------------------------------------------------------
