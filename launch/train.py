@@ -58,7 +58,8 @@ def main():
 def give_up(cfg, progress, error):
     """Say what went wrong, and which rank is missing where that is why; end this process, whereupon the launcher ends the other ranks."""
     expected, where = isinstance(error, (ValueError, FloatingPointError, checkpoint.SaveError)), peers.here["phase"]
-    words = str(error) if expected else f"failed in {where!r}: {traceback.format_exc()}"
+    details = error if isinstance(error, torch.OutOfMemoryError) else traceback.format_exc()
+    words = error if expected else f"failed in {where!r}: {details}"
     print(f"rank {dist.get_rank()}: {words}", file=sys.stderr, flush=True)
     if missing := peers.lost(error):
         print(missing, file=sys.stderr, flush=True)

@@ -22,10 +22,22 @@ def start_ranks(timeout_seconds):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
+        backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, timeout=timeout, **meeting_place(os.environ, timeout))
     return device
+
+
+def meeting_place(env, timeout):
+    """How the ranks find each other, where it is not by torchrun's variables alone."""
+    if "RANK" not in env:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    again, hosts = int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), int(env.get("GROUP_WORLD_SIZE", 1))
+    if not again or hosts > 1 or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # restarts of several hosts are counted by each alone
+        return {}
+    # torchrun's store outlives a restart, with addresses of ranks that have ended: pytorch/pytorch#135712
+    ranks = int(env["WORLD_SIZE"])
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), ranks, is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"restart-{again}", store), "rank": int(env["RANK"]), "world_size": ranks}
 
 
 def make_mesh(device, replicas):

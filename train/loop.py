@@ -114,12 +114,19 @@ def accumulate(model, algorithm, settings, micro_batches, totals, device, backwa
     """This rank's share of the step's loss and metrics (0-d tensors), and of its gradients where `backward`."""
     ranks, sums = dist.get_world_size(), {}
     for batch in micro_batches:
-        scored = token_logps(model, batch, algorithm.byproducts(settings))
-        on_device = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
-        loss, metrics = algorithm.loss(scored.pop("logps"), on_device | scored, totals, settings)
         weight = weight_of(batch)
-        if backward:
-            (loss * (weight * ranks)).backward()  # FSDP averages over ranks what must be summed
+        try:
+            scored = token_logps(model, batch, algorithm.byproducts(settings))
+            on_device = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+            loss, metrics = algorithm.loss(scored.pop("logps"), on_device | scored, totals, settings)
+            if backward:
+                (loss * (weight * ranks)).backward()  # FSDP averages over ranks what must be summed
+        except torch.OutOfMemoryError as e:
+            lengths = batch["attention_mask"].sum(-1)
+            what = f"a micro-batch of {len(lengths)} rows, {int(lengths.sum())} tokens, the longest row of {int(lengths.max())}"
+            raise torch.OutOfMemoryError(
+                f"{what}, did not fit: lower train.micro_batch_tokens or set fsdp.activation_checkpointing ({e})"
+            ) from e
         for name, value in ({"loss": loss} | metrics).items():
             sums[name] = sums.get(name, 0) + weight * torch.as_tensor(value, device=device).detach().double()
     return sums

@@ -15,11 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), *map(str, Path(__file__).resolve().parents[1:3])]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
 import psutil  # noqa: E402
-from conftest import SHAPES, plain  # noqa: E402
 from nursery import Nursery  # noqa: E402
+
+from tests.conftest import SHAPES, plain  # noqa: E402
 
 STEPS = 24
 

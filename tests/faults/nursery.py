@@ -17,10 +17,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from conftest import read_metrics, write_recipe  # noqa: E402
+from tests.conftest import read_metrics, write_recipe
 
 PLACES = {  # of a save, in order: the function that is wrapped, which of its calls, and whether the fault comes before or after it
     "flush": ("sync", "rank-", "before"),

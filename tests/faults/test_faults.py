@@ -25,6 +25,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,11 +36,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import plain
 from kill import assert_same, expected_of
 from nursery import PLACES, Nursery
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import ROOT, plain, write_recipe
 from train import checkpoint, peers
 
 STEPS = 10
@@ -242,7 +243,7 @@ def test_the_missing_rank_is_named(do, nursery, settings, tmp_path):
     codes = run.wait()
     assert codes[0] == codes[2] == 1, (codes, run.console.read_text()[-4000:])
     text = run.console.read_text()
-    how = {"sleep": "does not answer", "out of memory": "failed in 'step 3: training': OutOfMemoryError: out of memory"}
+    how = {"sleep": "does not answer", "out of memory": "failed in 'step 3: training': OutOfMemoryError: a micro-batch of "}
     how = how.get(do, "gives no sign of life")
     for rank in (0, 2):
         (line,) = [line for line in text.splitlines() if line.startswith(f"rank {rank} waited in ")]
@@ -250,6 +251,10 @@ def test_the_missing_rank_is_named(do, nursery, settings, tmp_path):
     status = run.status()
     assert status["state"] == "failed" and status["step"] == 2 and max(checkpoint.found(run.folder)) == 2
     assert ("rank 1" in status["error"]) or "out of memory" in status["error"]
+    if do == "out of memory":
+        assert re.search(
+            r"rank 1: failed in 'step 3: training': a micro-batch of \d rows, \d+ tokens, the longest row of \d+, did not fit", text
+        )
 
 
 def test_not_finite_on_one_rank_stops_all_before_the_update(nursery, settings, tmp_path):
@@ -491,8 +496,6 @@ def test_secrets_stay_where_they_are(nursery, settings, tmp_path):
 def test_strange_surroundings(settings, tmp_path):
     """F27: no home, another locale, a cache that cannot be written, a clock that is wrong."""
     given = settings(tmp_path / "run", changes={"train.max_steps": 2})
-    from conftest import ROOT, write_recipe
-
     env = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": "/nonexistent", "HF_HOME": "/proc/nowhere", "HF_HUB_OFFLINE": "1"}
     env |= {"OMP_NUM_THREADS": "1", "TZ": "Pacific/Kiritimati"}
     command = [sys.executable, ROOT / "launch" / "train.py", "--config", write_recipe(given)]

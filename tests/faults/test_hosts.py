@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import ROOT, plain, read_metrics, write_recipe
+
+from tests.conftest import ROOT, plain, read_metrics, write_recipe
 
 LIMIT = 15  # seconds of fsdp.timeout_seconds
 

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from safetensors import SafetensorError
 
 from models import load, lora
+from tests.conftest import ROOT
 from train import checkpoint, config, toy
 
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "execfile"}

@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import load, logprobs, vllm_server
 from models.generate import Sampling
 from models.vllm_server import VllmServer
+from tests.conftest import ROOT
 from train import toy
 from train.config import Fsdp, Model, Rollout, address_of
 

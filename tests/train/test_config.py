@@ -158,7 +158,11 @@ def test_yaml_error(write, refusal, text, line):
     assert refusal("--config", "x.yaml") == line
 
 
+SHOWN = "holds a password or a key, which config.yaml, checkpoints and trackers would show; remove it"
 OPTION_ERRORS = [
+    ("--data.train https://me:canary@example.org/a.jsonl", f"--data.train: {SHOWN}"),
+    ("--log.project hf_canary567890123456789012", f"--log.project: {SHOWN}"),
+    ('--grpo.reward_funcs ["judge(key=sk-canary567890123456789012)"]', f"--grpo.reward_funcs: {SHOWN}"),
     ("--train.max_stps 4", "unknown option --train.max_stps; did you mean --train.max_steps?"),
     ("--train.max-steps=4", "unknown option --train.max-steps; did you mean --train.max_steps?"),
     ("--learning_rate 4", "unknown option --learning_rate; did you mean --train.learning_rate?"),

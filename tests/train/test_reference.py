@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TIMINGS
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same_bytes, until
 from transformers import AutoModelForCausalLM
 
 from launch import train as launcher
 from models import load, sharding
+from tests.conftest import TIMINGS
 from train import config, data, reference, toy
 
 LN2 = 0.6931472

@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from conftest import plain
 from safetensors.torch import load_file
 
+from tests.conftest import plain
 from train import checkpoint, optim
 
 STEPS, SAVE_STEPS = 10, 5

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import plain
 from safetensors.torch import load_file
 
 from launch import train as launcher
 from models import generate, sharding
+from tests.conftest import plain
 from train import checkpoint, config, data, rollouts
 
 REWARDS = '''
