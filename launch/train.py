@@ -93,8 +93,9 @@ class Run:
         judges = rollouts.start_rewards(cfg, rows, held_out) if self.algorithm.ROWS == "prompts" else None
         before = checkpoint.read_state(resumed) if resumed else {"step": 0, "num_tokens": 0}
         self.unevaluated = before.get("unevaluated")  # the metrics of a step whose evaluation was left
-        self.saved = progress["step"] = before["step"]
+        progress["step"] = before["step"]
         self.first, self.last, self.num_tokens = before["step"] + 1, self.record["steps"], before["num_tokens"]
+        peers.together()
         if dist.get_rank() == 0:
             Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
             log.write_status(cfg.output_dir, "running", progress["step"])
@@ -106,18 +107,20 @@ class Run:
         self.check_space(parameters, trained)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         self.dealt = (cfg.train.micro_batch_tokens, rank, ranks, batches.attention_share(model.config, parameters))
-        again = self.saved if self.unevaluated else None
+        again = before["step"] if self.unevaluated else None
         self.journal = log.Log(cfg.output_dir, cfg.log, config.as_dict(cfg), self.first, self.last, again)
         peers.now("reference log-probs")
         self.rows, self.held_out, self.follower = self.with_reference(folder, rows, held_out)
         changing = self.follower if cfg.reference.sync_ref_model else None  # what checkpoints must keep
         self.sampler = rollouts.Rollouts(cfg, folder, model, self.tokenizer, rows, judges, self.dealt, self.journal) if judges else None
         self.optimizer = optim.make_optimizer(model, cfg.train)
-        self.saver = checkpoint.Saver(cfg.output_dir, cfg.checkpoint, model, self.optimizer, changing)
+        waiting = cfg.fsdp.timeout_seconds, before["step"]
+        self.saver = checkpoint.Saver(cfg.output_dir, cfg.checkpoint, *waiting, model, self.optimizer, changing)
         if resumed:
             checkpoint.load(resumed, model, self.optimizer, changing)
             if self.sampler:
                 self.sampler.restore(Path(resumed), before)
+        peers.together()
         steps = f"steps {self.first} to {self.last}" if self.first <= self.last else f"all {self.last} steps are done"
         say(
             f"{parameters:,} parameters, {trained:,} of them trained, {held / parameters:.3f} bytes each on a rank; "
@@ -154,19 +157,40 @@ class Run:
             yield self.complete(step)
             number += 1
 
-    def complete(self, step):
-        step = reference.live(step, self.follower) if self.follower else step
-        return batches.with_statistics(step, self.model, self.algorithm, self.settings)
+    def complete(self, step, each=iter):
+        """The step with what its losses need beside the rows. each: what its micro-batches are drawn through."""
+        if self.follower:
+            step = reference.live(step._replace(micro_batches=each(step.micro_batches)), self.follower)
+        if getattr(self.algorithm, "needs_step", lambda _: False)(self.settings):
+            micro_batches = each(step.micro_batches)
+            step = batches.with_statistics(step._replace(micro_batches=micro_batches), self.model, self.algorithm, self.settings)
+        return step
 
     def train(self):
         """All steps; returns "finished" or "preempted"."""
-        outcome, cfg = "preempted", self.cfg
+        outcome = "preempted"
         with suppress(peers.Preempted):
             if self.first == 1:
                 self.journal.scalars(0, self.evaluate(0))
             if self.unevaluated:
-                self.journal.write(self.saved, self.unevaluated | self.evaluate(self.saved))
-            outcome = loop.train(
+                self.journal.write(self.first - 1, self.unevaluated | self.evaluate(self.first - 1))
+                self.unevaluated = None
+            outcome = self.steps()
+        self.saver.finish()
+        if self.progress["step"] > self.saver.published:  # preempted in a rollout, or the last save has failed
+            self.save(self.progress["step"])
+            self.saver.finish()
+        if outcome == "preempted" and self.progress["step"] > self.saver.published:
+            raise checkpoint.SaveError(f"stopped as asked, but no checkpoint after step {self.saver.published} could be written")
+        for part in (self.journal, self.sampler):
+            if part:
+                part.close()
+        return outcome
+
+    def steps(self):
+        cfg = self.cfg
+        try:
+            return loop.train(
                 *(self.model, self.algorithm, self.settings, self.source(), self.optimizer),
                 *(lambda step: optim.learning_rate(cfg.train, self.last, step), self.first, self.last),
                 num_tokens=self.num_tokens,
@@ -177,13 +201,9 @@ class Run:
                 work=flops.Work(self.model),
                 peak=flops.peak(self.device, sharding.compute_dtype(cfg.model.dtype, self.device)),
             )
-        if self.progress["step"] > self.saved:  # preempted in a rollout
-            self.save(self.progress["step"])
-        self.saver.finish()
-        for part in (self.journal, self.sampler):
-            if part:
-                part.close()
-        return outcome
+        except FloatingPointError:  # on all ranks
+            self.saver.finish()
+            raise
 
     def check(self, step, metrics):
         if self.sampler:
@@ -193,24 +213,24 @@ class Run:
 
     def report(self, step, metrics, preempted):
         """After an update: evaluate, log and save what is due. An evaluation that is left is made by the next start."""
-        self.progress["step"], self.num_tokens, owed = step, metrics["num_tokens"], {}
+        self.progress["step"], self.num_tokens, self.unevaluated = step, metrics["num_tokens"], None
         if step == self.last or due(step, self.cfg.evaluation.steps):
             try:
                 metrics |= self.evaluate(step)
             except peers.Preempted:
-                owed = {"unevaluated": metrics}
-        if not owed:
+                self.unevaluated = metrics
+        if not self.unevaluated:
             self.journal.write(step, metrics)
-        if step == self.last or preempted or owed or due(step, self.cfg.checkpoint.save_steps):
-            self.save(step, owed)
-        if owed:
+        if step == self.last or preempted or self.unevaluated or due(step, self.cfg.checkpoint.save_steps):
+            self.save(step)
+        if self.unevaluated:
             raise peers.Preempted
 
-    def save(self, step, more=()):
+    def save(self, step):
         peers.now(f"step {step}: saving")
         files, numbers = self.sampler.kept(step) if self.sampler else ({}, {})
-        self.saver.save(step, self.record | {"num_tokens": self.num_tokens} | numbers | dict(more), files)
-        self.saved = step
+        owed = {"unevaluated": self.unevaluated} if self.unevaluated else {}
+        self.saver.save(step, self.record | {"num_tokens": self.num_tokens} | numbers | owed, files)
 
     def evaluate(self, step):
         """Held-out loss, or rewards, and generated answers, as `eval/` metrics; the last evaluation shows three answers."""
@@ -220,7 +240,8 @@ class Run:
         metrics, samples, how = {}, [], self.cfg.evaluation
         if not self.sampler:
             number = len(self.held_out)
-            held = self.complete(batches.Step(batches.micro_batches(self.held_out, range(number), *self.dealt), number, {}))
+            held = batches.Step(batches.micro_batches(self.held_out, range(number), *self.dealt), number, {})
+            held = self.complete(held, peers.between)
             metrics = loop.evaluate(self.model, self.algorithm, self.settings, held.micro_batches)
         if how.generate:
             answers = self.sampler.evaluate if self.sampler else partial(loop.answer, self.model, self.tokenizer, cfg=how)

@@ -17,7 +17,6 @@ from transformers import AttentionInterface
 
 from models import attention
 from models.sharding import gathered
-from train import peers
 
 BLOCK = {"cpu": 64, "cuda": 256}  # tokens: the part of the cache that attention reads grows in such steps; on CUDA each is a graph
 LANES = 128  # tokens of the vocabulary whose probabilities are first summed
@@ -41,26 +40,24 @@ class Completion(NamedTuple):
     """nats, of each token under the policy at the sampling temperature (1 where it is 0), without the filters."""
 
 
-def generate(model, prompts, keys, sampling, stops, batch_size=256):
+def generate(model, prompts, keys, sampling, stops, batch_size=256, stopping=lambda: False):
     """Completions of `prompts` (lists of token ids): for prompt i one per key in keys[i], in their order.
 
     keys: 63-bit numbers, the random streams. stops: token ids that end a completion. batch_size: completions decoded at once on this
     rank, which costs memory for their caches. Ranks may call it with different prompts, and different numbers of them, between
-    collective operations. train.peers.Preempted on all of them once one is asked to stop.
+    collective operations. Once `stopping()` it returns at once, and what is not done is None.
     """
     done = [[None] * len(own) for own in keys]
     waiting = deque((i, j) for i, own in enumerate(keys) for j in range(len(own)))
     if not waiting:
         with gathered(model):  # the other ranks gather
-            pass
-        peers.together()
-        return done
+            return done
     with gathered(model), cached_attention(model):
         rows = min(batch_size, len(waiting))
         length = max(map(len, prompts)) + sampling.max_new_tokens
         decoder = Decoder(model, rows, length, sampling, stops)
         every = 16 if decoder.device.type == "cuda" else 4  # steps between two looks at which rows have ended
-        while (waiting or decoder.places) and not peers.asked():
+        while (waiting or decoder.places) and not stopping():
             free = rows - len(decoder.places)
             if waiting and free >= max(1, rows // 8):
                 decoder.admit([waiting.popleft() for _ in range(min(free, len(waiting)))], prompts, keys)
@@ -69,7 +66,6 @@ def generate(model, prompts, keys, sampling, stops, batch_size=256):
                 decoder.step()
             for (i, j), completion in decoder.ended():
                 done[i][j] = completion
-    peers.together()
     return done
 
 
@@ -298,10 +294,11 @@ def cached_attention(model):
         model.config._attn_implementation = packed
 
 
-def greedy(model, tokenizer, prompts, max_new_tokens, batch_size=256):
-    """The likeliest continuations of `prompts`, each a list of ids that ends with a stop token or at the limit."""
-    found = generate(model, prompts, [[0]] * len(prompts), Sampling(max_new_tokens), stop_ids(model, tokenizer), batch_size)
-    return [completion.ids for (completion,) in found]
+def greedy(model, tokenizer, prompts, max_new_tokens, batch_size=256, stopping=lambda: False):
+    """The likeliest continuations of `prompts`, each a list of ids that ends with a stop token or at the limit; none once `stopping()`."""
+    stops, keys = stop_ids(model, tokenizer), [[0]] * len(prompts)
+    found = generate(model, prompts, keys, Sampling(max_new_tokens), stops, batch_size, stopping)
+    return [completion.ids for (completion,) in found if completion]
 
 
 def stop_ids(model, tokenizer):

@@ -136,8 +136,6 @@ def with_statistics(step, model, algorithm, settings):
     One pass without gradients: `algorithm.summary` of each micro-batch, gathered in the step's order, and `algorithm.spread` of it all.
     Labelled rows are followed by mismatched ones (train.data.with_mismatched), which serve here alone.
     """
-    if not getattr(algorithm, "needs_step", lambda _: False)(settings):
-        return step
     interleaved, table, kept = algorithm.ROWS == "labelled", None, []
     wanted = getattr(algorithm, "SUMMARY_OF", ())
     for batch in step.micro_batches:

@@ -13,6 +13,8 @@ import re
 import shutil
 import socket
 import threading
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,11 +38,15 @@ class SaveError(OSError):
 class Saver:
     """Writes the checkpoints of a run: at once, or with `checkpoint.async_save` in a thread, one at a time, while training goes on."""
 
-    def __init__(self, output_dir, cfg, model, optimizer, reference=None):
-        """cfg: the config's `checkpoint` block. reference: a second model that training changes (TR-DPO)."""
-        self.output_dir, self.cfg, self.held = output_dir, cfg, (model, optimizer, reference)
-        self.group = dist.new_group(backend="gloo") if cfg.async_save else None  # a thread's collectives must not meet the loop's
-        self.thread = self.error = None
+    def __init__(self, output_dir, cfg, seconds, step, model, optimizer, reference=None):
+        """cfg: the config's `checkpoint` block. seconds: how long ranks wait for each other. step: that of the newest checkpoint, or 0.
+
+        reference: a second model that training changes (TR-DPO).
+        """
+        self.output_dir, self.cfg, self.seconds, self.held = output_dir, cfg, seconds, (model, optimizer, reference)
+        self.published, self.thread, self.error = step, None, None
+        # a thread's collectives must not meet the loop's
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds)) if cfg.async_save else None
 
     def save(self, step, state, files=None):
         """Write `checkpoint-<step>` from all ranks, then drop all but the newest `save_total_limit`.
@@ -51,22 +57,25 @@ class Saver:
         tensors, scalars = local_tensors(*self.held, copy=self.cfg.async_save)
         what = step, tensors, state | {"step": step, "optimizer_scalars": scalars}, files
         if self.cfg.async_save:
-            self.thread = threading.Thread(target=self.write, args=what)
+            self.thread = threading.Thread(target=self.write, args=what, daemon=True)
             self.thread.start()
         else:
             self.write(*what)
             self.finish()
 
-    def write(self, *args):
+    def write(self, step, *what):
         try:
-            publish(self.output_dir, *args, self.cfg.save_total_limit, self.group)
+            publish(self.output_dir, step, *what, self.cfg.save_total_limit, self.group)
+            self.published = step
         except Exception as e:
             self.error = e
 
     def finish(self):
         """Wait for what is being written. A SaveError that it met stops the run, or is said, by `checkpoint.on_save_error`."""
         if self.thread:
-            self.thread.join()
+            self.thread.join(2 * self.seconds)
+            if self.thread.is_alive():
+                raise TimeoutError(f"{self.output_dir}: a checkpoint is not written after {2 * self.seconds} s; does the disk answer?")
         self.thread, error, self.error = None, self.error, None
         if error and self.cfg.on_save_error == "warn" and isinstance(error, SaveError):
             say(f"warning: {error}")
@@ -107,9 +116,12 @@ def attempt(function, path, size, group):
     try:
         if function:
             function()
-    except (OSError, SafetensorError) as e:
-        cause = getattr(e, "strerror", None) or str(e)
-        problem = f"checkpoint.save_steps: {path}: {cause} ({size:,} bytes to write, {free_bytes(path):,} free)"
+    except Exception as e:
+        cause = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
+        problem = f"checkpoint.save_steps: {path}: {cause} ({size:,} bytes to write"
+        with suppress(OSError):
+            problem += f", {free_bytes(path):,} free"
+        problem += ")"
     if problem := agree(problem, group):
         if dist.get_rank() == 0:
             folder = next((p for p in (path, *path.parents) if p.name.startswith(".tmp-checkpoint-")), None)
@@ -143,13 +155,14 @@ def check_space(output_dir, cfg, size, exported, saves):
 
     saves: how many will be written. One more than `save_total_limit` stand at a time, as an old one is removed only after.
     """
-    standing = len(found(output_dir))
+    standing, problem = len(found(output_dir)), None
     most = standing + saves if cfg.save_total_limit is None else min(standing + saves, cfg.save_total_limit + 1)
-    need, free = int(1.1 * (max(1, most - standing) * size + exported)), free_bytes(output_dir)
-    problem = None
+    coming = max(min(saves, 1), most - standing)
+    exported *= not Path(output_dir, "final").exists()  # else it is written over the old one
+    need, free = int(1.1 * (coming * size + exported)), free_bytes(output_dir)
     if dist.get_rank() == 0 and need > free:
         problem = (
-            f"checkpoint.save_total_limit: {max(1, most - standing)} more checkpoints of {size:,} bytes and the final model need {need:,} "
+            f"checkpoint.save_total_limit: {coming} more checkpoints of {size:,} bytes and the final model need {need:,} "
             f"bytes with a tenth to spare, but {output_dir} has {free:,} free; make room, lower it, or choose another output_dir"
         )
     if problem := agree(problem):
@@ -160,7 +173,10 @@ CLAIMED = {}  # output_dir -> the open file that holds its lock; the kernel rele
 
 
 def claim(output_dir):
-    """Refuse an output_dir that another process is writing to: ValueError on every rank. Rank 0 holds it from then on."""
+    """Refuse an output_dir that another process is writing to: ValueError on every rank. Rank 0 holds it from then on.
+
+    What a killed run left half-written is removed, so that its room is free.
+    """
     problem, key = None, os.path.realpath(output_dir)
     if dist.get_rank() == 0 and key not in CLAIMED:
         try:
@@ -168,14 +184,16 @@ def claim(output_dir):
             file = open(Path(output_dir, ".lock"), "a+")  # noqa: SIM115  open for as long as the run
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
                 CLAIMED[key] = file
+                file.truncate(0)
+                file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+                file.flush()
+                prune(output_dir, -1, None)
             except (BlockingIOError, PermissionError):
                 file.seek(0)
                 problem = f"output_dir: {output_dir} is being written by {file.read().strip()}; end that run, or choose another"
-            except OSError:
-                pass  # a file system without locks
+            except OSError as e:
+                say(f"warning: {output_dir} cannot be locked ({e.strerror}): see to it that no other run writes to it")
         except OSError as e:
             problem = f"output_dir: {output_dir} cannot be written: {e.strerror}"
     if problem := agree(problem):
@@ -331,8 +349,11 @@ def read_state(folder):
     return json.loads(Path(folder, "state.json").read_text())
 
 
-MAY_CHANGE = ("output_dir", "checkpoint", "log", "evaluation", "fsdp", "data.eval", "data.eval_split", "train.micro_batch_tokens")
-MAY_CHANGE += ("rollout.max_num_seqs", "rollout.reward_seconds", "rollout.reward_workers")
+MAY_CHANGE = ("output_dir", "checkpoint", "log", "evaluation", "data.eval", "data.eval_split", "train.micro_batch_tokens")
+MAY_CHANGE += ("fsdp.replicas", "fsdp.reshard_after_forward", "fsdp.prefetch", "fsdp.activation_checkpointing", "fsdp.timeout_seconds")
+MAY_CHANGE += tuple(f"rollout.{name}" for name in ("max_num_seqs", "reward_seconds", "reward_workers"))
+MAY_CHANGE += tuple(f"rollout.vllm_{name}" for name in ("address", "command", "devices", "gpu_memory_utilization", "weights_dir"))
+MAY_CHANGE += ("rollout.vllm_timeout_seconds", "rollout.vllm_start_timeout_seconds")
 MAY_CHANGE += ("train.max_steps", "train.num_train_epochs")  # see `schedule_problem`
 
 
@@ -347,7 +368,7 @@ def check_inputs(state, inputs):
     old, new = state.get("reference", {}), inputs.get("reference", {})
     changed = [name for name in ("model", "weights", "adapter") if old.get(name) != new.get(name)]
     differences += [f"reference {name}: {old.get(name)} then, {new.get(name)} now" for name in changed]
-    if state["weights"] != inputs["weights"]:
+    if state.get("weights") != inputs["weights"]:
         differences.append(f"model.model_name_or_path: the weights of {inputs['folder']} are others than then")
     then, now = state.get("rewards", {}), inputs["rewards"]
     differences += [f"grpo.reward_funcs: the file of {name} has changed" for name in now if name in then and then[name] != now[name]]

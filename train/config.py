@@ -31,7 +31,9 @@ from algorithms.simpo import Config as Simpo
 
 AlgorithmName = Literal["sft", "dpo", "simpo", "kto", "orpo", "grpo"]
 
-SECRET = re.compile(r"://[^/\s]*:[^/\s]*@|\bhf_\w{20,}|\bsk-[\w-]{20,}")  # a URL with a password, or a key of the hub or of a judge
+SECRET = re.compile(  # a URL with a password, keys of the hub, of judges and of trackers, and what is called one
+    r"://[^/\s@]+@|\b(hf_|ghp_|gsk_)[A-Za-z0-9]{30,}|\bsk-(?=\S*\d)[A-Za-z0-9_-]{32,}|(api[-_]?key|token|password)\s*=\s*['\"]?\w"
+)
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"  # <algorithm>.yaml there is read when no --config is given
 
 FLAGS = {"print_config": "(?!)", "dry_run": r"[1-9]\d*(x(cuda|cpu))?"}  # options that may stand alone: what their values look like
@@ -726,7 +728,7 @@ def load(options, known) -> Config:
         if merged.get(key, "") is None and type(None) not in get_args(f.type):  # jsonargparse lets null through
             raise Refused(f"{where(key)}: {mismatch(None, f.type)}")
     for key in known:
-        if isinstance(merged.get(key), (str, list)) and SECRET.search(str(merged[key])):
+        if isinstance(merged.get(key), (str, list, dict)) and SECRET.search(str(merged[key])):
             raise Refused(f"{where(key)}: holds a password or a key, which config.yaml, checkpoints and trackers would show; remove it")
     for key in foreign([*given, *lines], merged.algorithm, names):
         raise Refused(f"{where(key)}: belongs to another algorithm than {merged.algorithm}; remove it or set algorithm to its own")

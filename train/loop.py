@@ -169,7 +169,9 @@ def answer(model, tokenizer, rows, cfg):
         prompts.append(ids[:start].tolist())
         reference = tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
         samples.append({"prompt": tokenizer.decode(prompts[-1]), "reference": reference})
-    for sample, ids in zip(samples, greedy(model, tokenizer, prompts, cfg.max_new_tokens)):
+    answers = greedy(model, tokenizer, prompts, cfg.max_new_tokens, stopping=peers.asked)
+    peers.together()
+    for sample, ids in zip(samples, answers):
         sample["answer"] = tokenizer.decode(ids, skip_special_tokens=True).strip()
         wanted = compared(sample["reference"], cfg.answer_pattern)
         if wanted is None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+STOP = signal.SIGTERM, signal.SIGUSR1
 BEAT = 0.5  # seconds between two signs of life
 AGAIN = 2.0  # seconds; a signal that comes sooner is the first one twice, as a process group's and torchrun's copy of it
 SILENCE = 4 * BEAT  # what tells a dead rank from a waiting one
@@ -30,18 +31,12 @@ class Preempted(Exception):
 
 def begin():
     """Catch SIGTERM and SIGUSR1, a second one of which ends the process; and begin to tell the other ranks."""
-    first = []
-
-    def handler(number, _):
-        received.append(number)
-        wake.set()
-        first.append(time.monotonic())
-        if first[-1] - first[0] > AGAIN:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, handler)
+    ears, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+    for number in STOP:
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=listen, args=(ears,), daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: without torchrun nobody would end this process
     if dist.get_world_size() > 1:
@@ -50,6 +45,19 @@ def begin():
         # a connection of its own: this process may wait in the other one
         here["store"] = dist.PrefixStore(str(start.item()), _get_default_store().clone())
         threading.Thread(target=tell, args=(here["store"],), daemon=True).start()
+
+
+def listen(ears):
+    """A thread's life: note signals, and end the process at a second one. The main thread could not while it waits in a collective."""
+    first = None
+    while True:
+        for number in os.read(ears, 1):
+            if number in STOP:
+                received.append(number)
+                wake.set()
+                first = first or time.monotonic()
+                if time.monotonic() - first > AGAIN:
+                    os._exit(128 + number)
 
 
 def tell(store):
@@ -97,7 +105,7 @@ def between(items):
 
 def lost(error):
     """Which ranks are missing, and where they were, if `error` is that of a collective; else tells the others of it. Returns words."""
-    words, of_a_collective = [], isinstance(error, dist.DistError) or "gloo" in str(error)
+    words, of_a_collective = [], isinstance(error, dist.DistError) or "third_party/gloo" in str(error) or "[gloo]" in str(error)
     if "store" in here:
         failure = "" if of_a_collective else f"{type(error).__name__}: {error}"[:300]
         reader = threading.Thread(target=look, args=(here["store"], failure, words), daemon=True)
@@ -134,3 +142,5 @@ def look(store, failure, words):
             elif failed is None:
                 how = "does not answer" if read("beat", r) != beats[r] else f"gives no sign of life for {SILENCE:g} s"
                 words.append(f"rank {r} {how}; it was last in {phase!r}")
+        if not words:
+            words.append("no rank that is missing now: all answer, so a link between them has failed")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -150,9 +151,9 @@ class Rollouts:
         keys = [keys[i] for i in mine]
         if self.server:
             found = self.server.sample(prompts, keys, sampling, peers.asked)
-            peers.together()
         else:
-            found = generate(self.model, prompts, keys, sampling, self.stops, self.cfg.rollout.max_num_seqs)
+            found = generate(self.model, prompts, keys, sampling, self.stops, self.cfg.rollout.max_num_seqs, peers.asked)
+        peers.together()
         ids = torch.zeros(len(chosen) * g, sampling.max_new_tokens, dtype=torch.int32)
         logps, lengths = torch.zeros(ids.shape), torch.zeros(len(ids), dtype=torch.int64)
         rewards = torch.zeros(len(ids), len(self.rewards.names), dtype=torch.float64)
@@ -161,19 +162,25 @@ class Rollouts:
             lengths[place] = len(c.ids)
             ids[place, : len(c.ids)], logps[place, : len(c.ids)] = torch.tensor(c.ids, dtype=torch.int32), torch.tensor(c.logps)
         rewards[places] = self.judge(rows, [chosen[i] for i in mine for _ in range(g)], [c.ids for own in found for c in own])
+        peers.together()
         for table in (ids, lengths, logps, rewards):
             dist.all_reduce(table)  # each row is zero but on one rank
         return Answers(list(chosen), ids, lengths, logps, rewards)
 
     def judge(self, rows, chosen, completions):
-        """Rewards (N, K) of completions (lists of ids) of the rows `chosen`."""
+        """Rewards (N, K) of completions (lists of ids) of the rows `chosen`; NaN once this rank is asked to stop."""
         if not completions:
             return torch.zeros(0, len(self.rewards.names), dtype=torch.float64)
         examples = [rows.examples[i] for i in chosen]
         columns = {name: [e.get(name) for e in examples] for name in self.rewards.columns}
         texts = [self.text(example, ids) for example, ids in zip(examples, completions)]
-        scores = self.rewards.score([e["prompt"] for e in examples], texts, completions, columns)
-        return torch.tensor(scores, dtype=torch.float64)
+        pool = ThreadPoolExecutor(1)  # a signal does not wait for a reward's deadline
+        scores = pool.submit(self.rewards.score, [e["prompt"] for e in examples], texts, completions, columns)
+        pool.shutdown(wait=False)
+        while wait([scores], timeout=1).not_done:
+            if peers.asked():
+                return torch.full((len(texts), len(self.rewards.names)), math.nan, dtype=torch.float64)
+        return torch.tensor(scores.result(), dtype=torch.float64)
 
     def text(self, example, ids):
         """A completion as reward functions take it: text, or the assistant's message where the prompt is a conversation."""

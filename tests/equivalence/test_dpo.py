@@ -318,7 +318,8 @@ def train_on(steps, algorithm, settings, folder, device):
     def source():
         for step in steps:
             step = reference.live(step, initial) if algorithm.REFERENCE else step
-            yield batches.with_statistics(step, model, algorithm, settings)
+            needed = getattr(algorithm, "needs_step", lambda _: False)(settings)
+            yield batches.with_statistics(step, model, algorithm, settings) if needed else step
 
     optimizer, rate = optim.make_optimizer(model, train), lambda step: optim.learning_rate(train, len(steps), step)
     loop.train(

@@ -149,9 +149,9 @@ def fork(rank, order, port):
 
 
 def arm(rank, do, place, step=None, call=1, on=None):
-    """Have rank `on` (None: every rank) do something at the `call`-th time that it comes to a place.
+    """Have rank `on` (None: every rank) do something at the `call`-th time (None: each time) that it comes to a place.
 
-    place: one of PLACES, in the save of `step`; or a phase of train/peers.py, at a forward pass or at a token that is decoded.
+    place: one of PLACES, in the save of `step` (None: of any); or a phase of train/peers.py, at a forward pass or a token that is decoded.
     """
     if on not in (None, rank):
         return
@@ -162,7 +162,7 @@ def arm(rank, do, place, step=None, call=1, on=None):
 
     def fire():
         seen.append(place)
-        if len(seen) == call:
+        if call in (None, len(seen)):
             DO[do]()
 
     def wrap(owner, name, wanted, when="before"):
@@ -181,10 +181,11 @@ def arm(rank, do, place, step=None, call=1, on=None):
 
         setattr(owner, name, wrapped)
 
+    number = r"\d+"
     if place in PLACES:
         name, file, when = PLACES[place]
         owner = {"rename": os, "rmtree": checkpoint.shutil}.get(name, checkpoint)
-        inside = re.compile(rf"\.tmp-checkpoint-{step}(/|$)")
+        inside = re.compile(rf"\.tmp-checkpoint-{step or number}(/|$)")
         wanted = {
             "prune": lambda _, now, __: now == step,
             "rmtree": lambda path, **_: Path(path).name == f"checkpoint-{step - 2}",  # of the three, the oldest
@@ -224,6 +225,7 @@ DO = {
     "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleep": lambda: time.sleep(600),
+    "nap": lambda: time.sleep(3),
     "hold": hold_the_interpreter,
     "abort": os.abort,
     "segfault": lambda: ctypes.string_at(0),

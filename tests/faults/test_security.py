@@ -17,6 +17,9 @@ from train import checkpoint, config, toy
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "execfile"}
 DANGEROUS = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "importlib", "imp", "runpy", "code"}
 METHODS = {("torch", "load"), ("numpy", "load"), ("np", "load"), ("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load")}
+METHODS |= {("yaml", "load_all"), ("yaml", "unsafe_load_all"), ("jit", "load"), ("hub", "load"), ("subprocess", "check_output")}
+METHODS |= {("subprocess", "check_call"), ("os", "execv"), ("os", "execvp"), ("dist", "broadcast_object_list")}
+METHODS |= {("dist", "all_gather_object"), ("dist", "gather_object"), ("dist", "scatter_object_list")}  # they pickle
 METHODS |= {("os", "system"), ("os", "popen"), ("subprocess", "call"), ("subprocess", "run"), ("subprocess", "Popen")}
 ALLOWED = {  # file: what of it -> why
     "launch/get_smollm2.py": {"subprocess.run": "a package manager, to fetch the model that the script is named for"},
@@ -38,6 +41,7 @@ def uses(tree):
     """Names in a file that can run code, or read what can."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name == "multiprocessing.connection")
             yield from (a.name.split(".")[0] for a in node.names if a.name.split(".")[0] in DANGEROUS)
         elif isinstance(node, ast.ImportFrom) and node.module:
             root = node.module.split(".")[0]

@@ -161,8 +161,10 @@ def test_yaml_error(write, refusal, text, line):
 SHOWN = "holds a password or a key, which config.yaml, checkpoints and trackers would show; remove it"
 OPTION_ERRORS = [
     ("--data.train https://me:canary@example.org/a.jsonl", f"--data.train: {SHOWN}"),
-    ("--log.project hf_canary567890123456789012", f"--log.project: {SHOWN}"),
-    ('--grpo.reward_funcs ["judge(key=sk-canary567890123456789012)"]', f"--grpo.reward_funcs: {SHOWN}"),
+    ("--data.train https://ghp_canary@example.org/a.jsonl", f"--data.train: {SHOWN}"),
+    ("--rollout.vllm_extra_args [--api-key=canary]", f"--rollout.vllm_extra_args: {SHOWN}"),
+    ("--log.project hf_canary5678901234567890123456789012", f"--log.project: {SHOWN}"),
+    ('--grpo.reward_funcs ["judge(key=sk-canary5678901234567890123456789012)"]', f"--grpo.reward_funcs: {SHOWN}"),
     ("--train.max_stps 4", "unknown option --train.max_stps; did you mean --train.max_steps?"),
     ("--train.max-steps=4", "unknown option --train.max-steps; did you mean --train.max_steps?"),
     ("--learning_rate 4", "unknown option --learning_rate; did you mean --train.learning_rate?"),
@@ -554,3 +556,9 @@ def test_no_dead_field():
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     read |= set(get_args(config.AlgorithmName))  # the block of the chosen algorithm is read by its name
     assert [key for key in config.settings(config.Config) if key.rpartition(".")[2] not in read] == []
+
+
+@pytest.mark.parametrize("name", ["runs/hf_smollm2_135m_sft_lora", "data/sk-learn-20newsgroups-clean", "https://example.org/a.jsonl"])
+def test_names_that_are_no_keys(name):
+    assert not config.SECRET.search(name)
+    assert not config.SECRET.search("judge(api_key_env=OPENAI_API_KEY)")

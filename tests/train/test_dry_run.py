@@ -25,11 +25,11 @@ from train import config
 def status(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-device, save, peaks = sharding.start_ranks(60), launcher.checkpoint.save, []
-def measured_save(*args):
+device, publish, peaks = sharding.start_ranks(60), launcher.checkpoint.publish, []
+def measured_publish(*args):
     peaks[-1] = status("VmHWM") - peaks[-1]  # before the writing of files, which takes memory of its own
-    save(*args)
-launcher.checkpoint.save = measured_save
+    publish(*args)
+launcher.checkpoint.publish = measured_publish
 for path in sys.argv[1:]:
     peaks.append(status("VmRSS"))
     Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM is of what follows
