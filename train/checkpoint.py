@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train import optim
+from train import config, optim
 from train.log import say
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -359,7 +359,7 @@ MAY_CHANGE += ("train.max_steps", "train.num_train_epochs")  # see `schedule_pro
 
 def check_inputs(state, inputs):
     """Refuse to go on from a checkpoint of a run with other maths: a ValueError that lists every difference."""
-    old, new = flat(state["config"]), flat(inputs["config"])
+    old, new = config.flat(state["config"]), config.flat(inputs["config"])
     differences = [
         f"{key}: {old.get(key)} then, {new.get(key)} now"
         for key in sorted(old | new)
@@ -392,14 +392,6 @@ def schedule_problem(state, inputs):
         return []
     cure = "the steps done so far would have had other learning rates; constant, or warmup_stable_decay before its decay, can be prolonged"
     return [f"train.max_steps: {then} steps in all then, {now} now ({cure})"]
-
-
-def flat(settings, prefix=""):
-    """Nested settings as {"train.max_steps": 10, ...}."""
-    out = {}
-    for key, value in settings.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 @torch.no_grad()

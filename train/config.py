@@ -530,6 +530,14 @@ def as_dict(cfg: Config) -> dict:
     return {key: value for key, value in values.items() if key not in unused}
 
 
+def flat(values, prefix=""):
+    """Nested settings as {dotted key: value}."""
+    out = {}
+    for name, value in values.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
 def to_yaml(cfg: Config) -> str:
     """What `parse` reads back as an equal Config."""
     return yaml.safe_dump(as_dict(cfg), sort_keys=False, allow_unicode=True)

@@ -9,6 +9,8 @@ import json
 import os
 from pathlib import Path
 
+from train import config
+
 
 def library(name, package):
     try:
@@ -28,14 +30,6 @@ def check(log):
         library(*TRACKERS[name].library)
 
 
-def flat(settings, prefix=""):
-    """Nested settings as {dotted key: value}."""
-    out = {}
-    for name, value in settings.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
-
-
 def as_text(sample):
     return "\n\n".join(f"**{name}**: {value}" for name, value in sample.items())
 
@@ -46,7 +40,7 @@ class TensorBoard:
     def __init__(self, folder, log, settings, first):
         self.board = library(*self.library).SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         if first == 1:
-            rows = "\n".join(f"| {name} | {value} |" for name, value in flat(settings).items())
+            rows = "\n".join(f"| {name} | {value} |" for name, value in config.flat(settings).items())
             self.board.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
 
     def scalars(self, step, numbers):
@@ -98,7 +92,7 @@ class Mlflow:
 
         self.mlflow.start_run(remembered(folder, "mlflow", first, begin))
         if first == 1:
-            self.mlflow.log_params({name: str(value)[:6000] for name, value in flat(settings).items()})  # MLflow's limit
+            self.mlflow.log_params({name: str(value)[:6000] for name, value in config.flat(settings).items()})  # MLflow's limit
 
     def scalars(self, step, numbers):
         self.mlflow.log_metrics(numbers, step=step, synchronous=False)
@@ -116,7 +110,7 @@ class Trackio:
     def __init__(self, folder, log, settings, first):
         self.trackio = library(*self.library)
         name = remembered(folder, "trackio", first, lambda: f"{log.run_name or folder.name}-{os.urandom(2).hex()}")
-        self.trackio.init(project=log.project, name=name, config=flat(settings), resume="allow" if first > 1 else "never")
+        self.trackio.init(project=log.project, name=name, config=config.flat(settings), resume="allow" if first > 1 else "never")
 
     def scalars(self, step, numbers):
         self.trackio.log(numbers, step=step)

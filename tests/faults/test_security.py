@@ -23,7 +23,10 @@ METHODS |= {("dist", "all_gather_object"), ("dist", "gather_object"), ("dist", "
 METHODS |= {("os", "system"), ("os", "popen"), ("subprocess", "call"), ("subprocess", "run"), ("subprocess", "Popen")}
 ALLOWED = {  # file: what of it -> why
     "launch/get_smollm2.py": {"subprocess.run": "a package manager, to fetch the model that the script is named for"},
-    "launch/doctor.py": {"importlib": "whether packages of a list in the file are installed"},
+    "launch/doctor.py": {
+        "importlib": "whether packages of a list in the file are installed",
+        "dist.all_gather_object": "what the ranks of one job found, told to each other",
+    },
     "models/attention.py": {"importlib": "attention packages of a table in the file"},
     "train/rewards.py": {
         "exec": "a reward file that the user names, in a process of its own",

@@ -230,7 +230,9 @@ def test_scored_prompts(tmp_path):
 def test_answers_are_compared_with_good_ones(tmp_path, one_rank, monkeypatch):
     """Generated answers of the first examples, never against a rejected answer or a mismatched one."""
     tok, seen = tokenizer(), []
-    monkeypatch.setattr(loop, "greedy", lambda model, tok, prompts, limit: seen.extend(prompts) or [tok(" 24")["input_ids"]] * len(prompts))
+    monkeypatch.setattr(
+        loop, "greedy", lambda model, tok, prompts, limit, stopping: seen.extend(prompts) or [tok(" 24").input_ids] * len(prompts)
+    )
     good = [row | {"label": True} for row in LABELLED]
     for rows in (
         prepare(tmp_path, EXPLICIT, tok, "pairs"),

@@ -404,11 +404,10 @@ def test_workers_end_with_their_parent(file, what, how):
     time.sleep(1)  # until the function hangs
     family += [child for process in family for child in process.children()]
     assert len(family) == 2 + (what == "child")
-    if how == signal.SIGINT:
-        parent.send_signal(how)
-        time.sleep(0.5)
-        parent.send_signal(how)  # as the first one waits for the threads of `score`
     parent.send_signal(how)
+    for _ in range(20 if how == signal.SIGINT else 0):  # the first ones wait for the threads of `score`
+        time.sleep(0.5)
+        parent.send_signal(how)
     _, alive = psutil.wait_procs([*family, psutil.Process(parent.pid)] if parent.poll() is None else family, timeout=10)
     alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     for process in alive:
