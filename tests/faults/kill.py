@@ -1,6 +1,6 @@
 """Kill runs at random moments, 200 times, and compare what they come to with a run that nothing disturbed.
 
-python tests/faults/kill.py --kills 200          # two ranks, SIGKILL to both, saves after every step, every second run in the background
+python tests/faults/kill.py --kills 200          # SIGKILL to both ranks, every second time once a save has begun
 python tests/faults/kill.py --clean 50    # runs that nothing disturbs: exit codes
 python tests/faults/kill.py --steps 2000  # one long run: memory and open files
 """
@@ -92,6 +92,8 @@ def kills(nursery, folder, number, seconds):
             while len(run.metrics()) == done and not run.ended():
                 time.sleep(0.002)
             time.sleep(stream.random() * 0.15)
+            while killed % 2 and not run.ended() and not [*run.folder.glob(".tmp-checkpoint-*")]:
+                time.sleep(0.0005)
             if run.ended():
                 break
             run.kill()
