@@ -5,6 +5,7 @@ ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
 # gcc: torch.compile and triton build kernels at run time
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir uv==0.13.9
 

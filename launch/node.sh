@@ -14,7 +14,8 @@ before=$(status)
     exec "$@" --output_dir "$OUTPUT_DIR"
 ) &
 torchrun=$!
-trap 'trap : TERM USR1; kill -TERM $torchrun' TERM USR1 # once: a second signal would end the ranks before they have saved
+asked=
+trap 'trap : TERM USR1; asked=1; kill -TERM $torchrun' TERM USR1 # once: a second signal would end the ranks before they have saved
 wait $torchrun
 code=$?
 while kill -0 $torchrun 2>/dev/null; do # a signal ends `wait`
@@ -24,11 +25,12 @@ done
 [ $code -ne 0 ] || code=1
 
 after=$(status)
-if [ "$after" != "$before" ]; then # the status of an earlier run stands where this one was refused
-    case $after in
-    *'"state": "finished"'*) code=0 ;;
-    *'"state": "preempted"'*) code=75 ;;
-    esac
-fi
+new=$([ "$after" = "$before" ] || echo "$after") # where this start was refused, the status is an earlier one's
+case $new in
+*'"state": "finished"'*) code=0 ;;
+*'"state": "preempted"'*) code=75 ;;
+*'"state": "failed"'*) ;;
+*) [ -z "$asked" ] || code=75 ;; # ended before it began, or not in time: it goes on from its last checkpoint
+esac
 echo "$(hostname): $OUTPUT_DIR: $(echo "$after" | tr -d '\n'); exit code $code" >&2
 exit $code
