@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch, kubernetes.yaml, skypilot.yaml, what they share in node.sh, and the Dockerfile: linted, and run as far as one machine can."""
+"""launch/slurm.sbatch, kubernetes.yaml, skypilot.yaml, node.sh, which they share, and the Dockerfile: linted, and run as far as can be."""
 
 import json
 import os
@@ -73,7 +73,9 @@ def test_exit_codes_of_a_host(case, tmp_path):
         {f"while [ ! -e {tmp_path}/signals ]; do sleep 0.01; done; sleep 0.1" if asked else ""}
         {f"echo '{later}' > {status}" if writes else ""}
         [ "$1 $2" = "--output_dir {status.parent}" ] && exit {code}"""
-    run = subprocess.Popen(["bash", ROOT / "launch/node.sh", "bash", "-c", command, "it"], env=os.environ | {"OUTPUT_DIR": str(status.parent)})
+    run = subprocess.Popen(
+        ["bash", ROOT / "launch/node.sh", "bash", "-c", command, "it"], env=os.environ | {"OUTPUT_DIR": str(status.parent)}
+    )
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     if asked:
@@ -124,7 +126,7 @@ FAKES = {
 
 
 def test_slurm(model_folder, data_file, tmp_path):
-    """The batch script with two hosts of one rank each, both this machine: signalled, it saves and asks to be requeued, and then ends."""
+    """The batch script on two hosts of one rank, both this machine: when signalled it saves and is requeued; one host then ends the run."""
     for name, text in FAKES.items():
         script(tmp_path, name, "#!/usr/bin/env bash\n" + text)
     settings = {
@@ -158,6 +160,7 @@ def test_slurm(model_folder, data_file, tmp_path):
     status = json.loads((output_dir / "run_status.json").read_text())
     assert status["state"] == "preempted" and (output_dir / f"checkpoint-{status['step']}").is_dir()
     last = status["step"] + 3
+    env["SLURM_JOB_NUM_NODES"] = "1"
     assert sbatch("--train.max_steps", str(last)).wait(60) == 0, console.read_text()[-3000:]
     assert json.loads((output_dir / "run_status.json").read_text())["state"] == "finished"
     assert [row["step"] for row in read_metrics(output_dir)] == [*range(1, last + 1)] and (output_dir / "final").is_dir()
@@ -168,7 +171,7 @@ def test_slurm(model_folder, data_file, tmp_path):
 
 
 def unknown(value, kind, models, where=""):
-    """Yields what of a manifest is not as the classes of its API say: a field that does not exist, one of another type, one that is missing."""
+    """Yields what of a manifest is not as the classes of its API say: a field unknown, of another type, or missing."""
     if inner := re.fullmatch(r"list\[(.*)\]", kind):
         for i, item in enumerate(value):
             yield from unknown(item, inner[1], models, f"{where}[{i}]")
@@ -200,7 +203,8 @@ def test_kubernetes(tmp_path):
     assert [*unknown(settings, "V1ConfigMap", models)] == [*unknown(job, "KubeflowOrgV1PyTorchJob", models)] == []
     replicas = job["spec"]["pytorchReplicaSpecs"]
     replicas["Worker"]["template"]["spec"]["containers"][0]["comand"] = []
-    assert [*unknown(job, "KubeflowOrgV1PyTorchJob", models)][0].endswith("containers[0].comand: V1Container has no such field")
+    (problem, _) = unknown(job, "KubeflowOrgV1PyTorchJob", models)  # Master and Worker share the template
+    assert problem.endswith("containers[0].comand: V1Container has no such field")
     assert replicas.keys() == {"Master", "Worker"}, "the operator knows no others"
     assert int(settings["data"]["HOSTS"]) == sum(replica["replicas"] for replica in replicas.values())
     for rank, replica in enumerate(replicas.values()):
@@ -209,7 +213,7 @@ def test_kubernetes(tmp_path):
         assert container["name"] == "pytorch" and {"configMapRef": {"name": settings["metadata"]["name"]}} in container["envFrom"]
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
         env = settings["data"] | {"MASTER_ADDR": "baretune-master-0", "MASTER_PORT": "23456", "RANK": str(rank)}  # as the operator sets
-        words = [re.sub(r"\$\((\w+)\)", lambda m: env[m[1]], word) for word in container["command"] + container["args"]]
+        words = [re.sub(r"\$\((\w+)\)", lambda m, env=env: env[m[1]], word) for word in container["command"] + container["args"]]
         check(launched(words, tmp_path, env), settings["data"]["OUTPUT_DIR"], 2, rank, "baretune-master-0")
         grace = re.search(r"SHUTDOWN_TIMEOUT:-(\d+)", (ROOT / "launch/node.sh").read_text())[1]
         assert pod["terminationGracePeriodSeconds"] > int(grace)
@@ -227,7 +231,12 @@ def test_skypilot(tmp_path):
     script(tmp_path, "run.sh", task["run"].replace(". .venv/bin/activate", ""))
     script(tmp_path, "setup.sh", task["setup"])
     lint("shellcheck", "--shell=bash", tmp_path / "run.sh", tmp_path / "setup.sh")
-    sky = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    sky = {
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
     options = launched(["bash", tmp_path / "run.sh"], tmp_path, task["envs"] | sky)
     check(options, task["envs"]["OUTPUT_DIR"], 2, 1, "10.0.0.1")
     assert options.nproc_per_node == "8" and task["envs"]["OUTPUT_DIR"].startswith(next(iter(task["volumes"])))
