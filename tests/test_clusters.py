@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import time
 
+import psutil
 import pytest
 import yaml
 from torch.distributed.run import get_args_parser
@@ -79,8 +80,7 @@ def test_exit_codes_of_a_host(case, tmp_path):
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
     if asked:
-        child = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True).stdout.split()[0]
-        os.kill(int(child), signal.SIGUSR1)  # some schedulers signal every process
+        psutil.Process(run.pid).children()[0].send_signal(signal.SIGUSR1)  # some schedulers signal every process
         run.send_signal(signal.SIGUSR1 if case == "killed in a save" else signal.SIGTERM)
         run.send_signal(signal.SIGTERM)
     assert run.wait(10) == expected
