@@ -198,7 +198,7 @@ class Data:
     weights: list[float] | None = None
     """Share of each source in an epoch's examples; these are the fewest that leave no row out, so rows repeat. null: each row once."""
     max_rows: int | None = None
-    """Rows to take of each source of `train`, its first; the rest of a hub dataset or file is not read. null: all."""
+    """Rows to take of each source of `train`, its first; the rest of a hub dataset, .jsonl or .parquet is not read. null: all."""
     format: Literal["sharegpt", "alpaca"] | list[Literal["sharegpt", "alpaca"] | None] | None = None
     """Whose columns rows have; null: TRL's. A list, here and below: one for each source of `train`; `eval` is read as the first."""
     eval: str | None = None
@@ -227,15 +227,11 @@ class Data:
     def __post_init__(self):
         require(all(isinstance(name, str) for name in self.columns), "data.columns", self.columns, "names of columns; quote them")
         at_least("data", self, max_length=2, max_rows=1)
+        several = len(self.train) if isinstance(self.train, list) else 0
+        expected = f"{several} of them, one a source of data.train" if several else "no list for one source"
         for name in ("weights", "format", "train_split", "config"):
-            value, several = getattr(self, name), isinstance(self.train, list)
-            fits = not isinstance(value, list) or (several and len(value) == len(self.train))
-            require(
-                fits,
-                f"data.{name}",
-                value,
-                f"{len(self.train)} of them, one a source of data.train" if several else "no list for one source",
-            )
+            value = getattr(self, name)
+            require(not isinstance(value, list) or len(value) == several > 0, f"data.{name}", value, expected)
         require(all(0 < w < math.inf for w in self.weights or ()), "data.weights", self.weights, "numbers above 0")
 
 

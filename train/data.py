@@ -6,6 +6,7 @@ Ids and masks are those of TRL 1.16's SFTTrainer. Where we depart from it:
   `messages[:i]` with the generation prompt and `messages[:i + 1]`. TRL swaps in a template of its own, or raises. The masks are
   equal for llama3, qwen3 and most others; TRL's own qwen2_5 template also trains the newline that ends the generation prompt;
 - a template that rewrites earlier turns is refused under `assistant_only_loss`; TRL trains on its own template's text instead;
+- nulls that Arrow puts into messages and tools, as all objects of a column have the same keys there, are left out; TRL renders them;
 - a character that ends an assistant turn and is cut into several tokens is trained whole, TRL trains the first of them;
 - `completion_only_loss: true` on rows without a prompt is an error, TRL ignores it;
 - a row whose only trained token is its first one is dropped: nothing comes before it, so no loss is ever computed there.
@@ -442,9 +443,8 @@ def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str, lim
 def sources_of(cfg: config.Data, part: str) -> list[tuple[str, str, config.Data]]:
     """(source, split, its own settings) of each source of data.train, or of data.eval, which is read as the first of train's is."""
     names = cfg.train if isinstance(cfg.train, list) else [cfg.train]
-    own = [
-        [value[i] if isinstance(value, list) else value for value in (cfg.train_split, cfg.config, cfg.format)] for i in range(len(names))
-    ]
+    shared = cfg.train_split, cfg.config, cfg.format
+    own = [[value[i] if isinstance(value, list) else value for value in shared] for i in range(len(names))]
     if part == "eval":
         return [(cfg.eval, cfg.eval_split, replace(cfg, config=own[0][1], format=own[0][2], max_rows=None))]
     return [(name, split, replace(cfg, config=subset, format=form)) for name, (split, subset, form) in zip(names, own)]
@@ -470,8 +470,7 @@ def mix(parts: list[Rows], weights: list[float] | None, seed: int) -> Rows:
     for number, (part, count) in enumerate(zip(parts, counts)):
         drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed + number))[: count % len(part)]
         chosen.append(torch.cat([torch.arange(len(part)).repeat(count // len(part)), drawn.sort().values]))
-    taken = [_take(part, examples) for part, examples in zip(parts, chosen)]
-    ids, mask, lengths, columns = zip(*taken)
+    ids, mask, lengths, columns = zip(*map(_take, parts, chosen))
     columns = {name: torch.cat([own[name] for own in columns]) for name in columns[0]}
     tensors = torch.cat(ids), torch.cat(mask), torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0), columns
     examples = [part.examples[i] for part, own in zip(parts, chosen) if part.examples for i in own.tolist()]
