@@ -200,15 +200,15 @@ class Data:
     max_rows: int | None = None
     """Rows to take of each source of `train`, its first; the rest of a hub dataset, .jsonl or .parquet is not read. null: all."""
     format: Literal["sharegpt", "alpaca"] | list[Literal["sharegpt", "alpaca"] | None] | None = None
-    """Whose columns rows have; null: TRL's. A list, here and below: one for each source of `train`; `eval` is read as the first."""
+    """Whose columns rows have; null: TRL's. A list: one for each source of `train`, and `eval` is read as the first."""
     eval: str | None = None
     """Held-out data, the same forms as `train`."""
     train_split: str | list[str] = "train"
-    """Split of a hub dataset to train on."""
+    """Split of a hub dataset to train on; or a list, as of `format`."""
     eval_split: str = "test"
     """Split of a hub dataset to evaluate on."""
     config: str | list[str | None] | None = None
-    """Configuration (subset) of a hub dataset."""
+    """Configuration (subset) of a hub dataset; or a list, as of `format`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Renames, TRL's (or `format`'s) name to the file's: {prompt: question, completion: answer}; in a mix, where they are."""
     chat: bool = False

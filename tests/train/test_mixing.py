@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from launch.train import ALGORITHMS
 from models import load
+from tests.conftest import plain
 from train import config, data, dry_run, sources, toy
 from train.config import Data
 
@@ -142,6 +143,16 @@ def test_the_command_line_and_the_dry_run(files, tmp_path):
     assert f"an epoch: 6 examples of {files[0]}, 3 examples of {files[1]}" in said and said.count("data.train: source") == 2
     tokens = sum(len(row["text"]) + 1 for row in BIG) + 3 * 3  # an end a row; all rows of the small source are three tokens long
     assert f"run: 9 examples, 3 steps of 4, 1 micro-batches a rank and step, {3 * 4 * tokens // 9:,} tokens" in said
+
+
+def test_a_run_goes_on_in_its_second_epoch(files, tmp_path, train_here):
+    """Stopped after step 2 of 5, where an epoch has 3: the same examples and losses as without the stop."""
+    more = {"data.weights": [2, 1], "train.max_steps": 5, "train.lr_scheduler_type": "constant"}
+    (tmp_path / "whole").mkdir()
+    whole = train_here(options(tmp_path / "whole", files, more))
+    train_here(options(tmp_path, files, more | {"train.max_steps": 2}))
+    parts = train_here(options(tmp_path, files, more))
+    assert [plain(row) for row in parts] == [plain(row) for row in whole] and len({row["rows"] for row in whole}) == 5
 
 
 def test_a_run_and_what_resume_refuses(files, tmp_path, train_here, capsys):
