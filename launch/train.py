@@ -340,8 +340,8 @@ def prepare(cfg, part, tokenizer, algorithm, settings):
         rows.save(path)
         for one in parts if len(parts) == 1 else (*parts, rows):
             say(f"data.{part}: " + ", ".join(f"{name} {value}" for name, value in one.report.items()))
-        if part == "train":
-            say(data.show(rows, tokenizer))
+        for one in parts if part == "train" else ():
+            say(data.show(one, tokenizer))
     dist.barrier()
     rows = data.Rows.load(path)
     if getattr(algorithm, "SCORES_PROMPT", False):
