@@ -272,8 +272,8 @@ def read_inputs(cfg, algorithm, settings, device):
     resumed = find_checkpoint(cfg)
     folder = toy.folder(cfg.model, cfg.output_dir) or load.fetch(cfg.model)
     tokenizer = load.load_tokenizer(cfg.model, folder)
-    rows = prepare(cfg, "train", cfg.data.train, cfg.data.train_split, tokenizer, algorithm, settings)
-    held_out = prepare(cfg, "eval", cfg.data.eval, cfg.data.eval_split, tokenizer, algorithm, settings) if cfg.data.eval else None
+    rows = prepare(cfg, "train", tokenizer, algorithm, settings)
+    held_out = prepare(cfg, "eval", tokenizer, algorithm, settings) if cfg.data.eval else None
     record = {
         "config": config.as_dict(cfg),
         "data": rows.fingerprint,
@@ -330,16 +330,18 @@ def find_checkpoint(cfg):
     return folder
 
 
-def prepare(cfg, part, source, split, tokenizer, algorithm, settings):
+def prepare(cfg, part, tokenizer, algorithm, settings):
     """The tokenised rows of data.train or data.eval; the first rank of each host makes them, the others read its file."""
     path = Path(cfg.output_dir, "data", f"{part}.safetensors")
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        rows = data.prepare(source, split, cfg.data, tokenizer, algorithm.ROWS)
+        parts = [data.prepare(*source, tokenizer, algorithm.ROWS) for source in data.sources_of(cfg.data, part)]
+        rows = data.mix(parts, cfg.data.weights, cfg.seed)
         path.parent.mkdir(exist_ok=True)
         rows.save(path)
-        say(f"data.{part}: " + ", ".join(f"{name} {value}" for name, value in rows.report.items()))
-        if part == "train":
-            say(data.show(rows, tokenizer))
+        for one in parts if len(parts) == 1 else (*parts, rows):
+            say(f"data.{part}: " + ", ".join(f"{name} {value}" for name, value in one.report.items()))
+        for one in parts if part == "train" else ():
+            say(data.show(one, tokenizer))
     dist.barrier()
     rows = data.Rows.load(path)
     if getattr(algorithm, "SCORES_PROMPT", False):

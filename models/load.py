@@ -52,7 +52,17 @@ def fetch(cfg):
 
 
 def load_tokenizer(cfg, folder):
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    return with_template(AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code), cfg.chat_template_path)
+
+
+def with_template(tokenizer, path):
+    """The tokenizer, with the chat template of `path` if one is named. ValueError where it cannot be read."""
+    if path is not None:
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ValueError(f"model.chat_template_path: {path!r} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    return tokenizer
 
 
 def build(cfg, folder, fsdp, device, seed, adapters=None):

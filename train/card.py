@@ -7,7 +7,7 @@ import torch
 import transformers
 import yaml
 
-from train import config
+from train import config, data
 
 TIMINGS = ("time", "per_second", "gib")  # they change from run to run, and nothing else in final/ does
 
@@ -24,15 +24,16 @@ def write(cfg, fingerprint, report):
     if base.count("/") == 1 and not Path(base).exists():
         head["base_model"] = base
     settings = {name: value for name, value in config.as_dict(cfg).items() if name not in ("output_dir", "checkpoint", "log")}
+    sources = ", ".join(source for source, _, _ in data.sources_of(cfg.data, "train"))
     numbers = "\n".join(f"| {name} | {value:.6g} |" for name, value in last.items() if is_shown(name, value))
     text = f"""---
 {yaml.safe_dump(head, sort_keys=False)}---
 
 # {cfg.log.run_name or Path(cfg.output_dir).name}
 
-{base}, trained by {cfg.algorithm} for {last["step"]} steps on {cfg.data.train} ({report["kept"]} examples).
+{base}, trained by {cfg.algorithm} for {last["step"]} steps on {sources} ({report["kept"]} examples).
 
-Licence: not chosen here. The licences of {base} and of {cfg.data.train} hold for what was made from them; add `license:` above.
+Licence: not chosen here. The licences of {base} and of {sources} hold for what was made from them; add `license:` above.
 
 | at the last step | |
 |---|---|

@@ -66,8 +66,10 @@ OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and oth
     "set data.max_length": "max_seq_len max_seq_length seq_len sequence_len cutoff_len max_prompt_length",
     "set data.completion_only_loss": "train_on_inputs train_on_input",
     "set data.assistant_only_loss": "roles_to_train masking_strategy",
-    "the tokenizer's chat template is used, nothing to set": "chat_template tokenizer tokenizer_type"
-    " tokenizer_name_or_path tokenizer_config model_type",
+    "set model.chat_template_path": "chat_template chat_template_jinja chat_template_file prompt_template template",
+    "set data.weights": "interleave_probs mix_strategy dataset_mixer dataset_weights probabilities",
+    "set data.max_rows": "max_samples max_train_samples dataset_streaming streaming",
+    "the tokenizer's chat template is used, nothing to set": "tokenizer tokenizer_type tokenizer_name_or_path tokenizer_config model_type",
     "set evaluation.steps (0: at the end only)": "eval_steps eval_strategy evaluation_strategy evals_per_epoch run_val_every_n_steps",
     "set checkpoint.save_steps (0: at the end only)": "save_strategy save_every saves_per_epoch save_every_n_steps",
     "set checkpoint.save_total_limit": "keep_last_n_checkpoints",
@@ -134,6 +136,8 @@ class Model:
     """Hub name, local folder, or `builtin:tiny` (a small Qwen3-shaped model and its tokenizer, made in place)."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    chat_template_path: str | None = None
+    """.jinja file of a chat template, kept with the tokenizer in `final/`; null: the tokenizer's own."""
     trust_remote_code: bool = False
     """Run the model's own Python code; needs a pinned 40-hex `model_revision`."""
     from_scratch: bool = False
@@ -189,20 +193,26 @@ class Lora:
 
 @dataclass(frozen=True)
 class Data:
-    train: str
-    """Local .jsonl, .json or .parquet file, hub dataset, or `builtin:letters`."""
+    train: str | list[str]
+    """Local .jsonl, .json or .parquet file, hub dataset, or `builtin:letters`; or a list of them, which are mixed."""
+    weights: list[float] | None = None
+    """Share of each source in an epoch's examples; these are the fewest that leave no row out, so rows repeat. null: each row once."""
+    max_rows: int | None = None
+    """Rows to take of each source of `train`, its first; the rest of a hub dataset, .jsonl or .parquet is not read. null: all."""
+    format: Literal["sharegpt", "alpaca"] | list[Literal["sharegpt", "alpaca"] | None] | None = None
+    """Whose columns rows have; null: TRL's. A list: one for each source of `train`, and `eval` is read as the first."""
     eval: str | None = None
     """Held-out data, the same forms as `train`."""
-    train_split: str = "train"
-    """Split of a hub dataset to train on."""
+    train_split: str | list[str] = "train"
+    """Split of a hub dataset to train on; or a list, as of `format`."""
     eval_split: str = "test"
     """Split of a hub dataset to evaluate on."""
-    config: str | None = None
-    """Configuration (subset) of a hub dataset."""
+    config: str | list[str | None] | None = None
+    """Configuration (subset) of a hub dataset; or a list, as of `format`."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Renames, TRL's name to the file's: {prompt: question, completion: answer}."""
+    """Renames, TRL's (or `format`'s) name to the file's: {prompt: question, completion: answer}; in a mix, where they are."""
     chat: bool = False
-    """Make a plain prompt and its completions the user's and the assistant's turn of the tokenizer's chat template."""
+    """Make a plain prompt and its completions the user's and the assistant's turn of the chat template."""
     system_prompt: str | None = None
     """A system message to put before every conversation."""
     max_length: int | None = 1024
@@ -216,7 +226,13 @@ class Data:
 
     def __post_init__(self):
         require(all(isinstance(name, str) for name in self.columns), "data.columns", self.columns, "names of columns; quote them")
-        at_least("data", self, max_length=2)
+        at_least("data", self, max_length=2, max_rows=1)
+        several = len(self.train) if isinstance(self.train, list) else 0
+        expected = f"{several} of them, one a source of data.train" if several else "no list for one source"
+        for name in ("weights", "format", "train_split", "config"):
+            value = getattr(self, name)
+            require(not isinstance(value, list) or len(value) == several > 0, f"data.{name}", value, expected)
+        require(all(0 < w < math.inf for w in self.weights or ()), "data.weights", self.weights, "numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -433,7 +449,8 @@ class Config:
     def __post_init__(self):
         require(self.output_dir, "output_dir", "", "a folder")
         require(self.model.model_name_or_path, "model.model_name_or_path", "", "a hub name, a local folder or builtin:tiny")
-        require(self.data.train, "data.train", "", "a file, a hub dataset or builtin:letters")
+        named = self.data.train and all(self.data.train)
+        require(named, "data.train", self.data.train, "a file, a hub dataset or builtin:letters")
         has_reference = self.algorithm in ("dpo", "kto") or (self.algorithm == "grpo" and self.grpo.beta > 0)
         for name, value in asdict(self.reference).items():
             used = has_reference or value == getattr(Reference(), name)

@@ -6,11 +6,13 @@ Ids and masks are those of TRL 1.16's SFTTrainer. Where we depart from it:
   `messages[:i]` with the generation prompt and `messages[:i + 1]`. TRL swaps in a template of its own, or raises. The masks are
   equal for llama3, qwen3 and most others; TRL's own qwen2_5 template also trains the newline that ends the generation prompt;
 - a template that rewrites earlier turns is refused under `assistant_only_loss`; TRL trains on its own template's text instead;
+- nulls that Arrow puts into messages and tools, as all objects of a column have the same keys there, are left out; TRL renders them;
 - a character that ends an assistant turn and is cut into several tokens is trained whole, TRL trains the first of them;
 - `completion_only_loss: true` on rows without a prompt is an error, TRL ignores it;
 - a row whose only trained token is its first one is dropped: nothing comes before it, so no loss is ever computed there.
 
 A new kind of rows is one entry in `KINDS` and one reader: `(row, form, cfg, tokenizer) -> ([Text, ...], {extra column: number})`.
+Other people's columns become TRL's in `formats.py`, before anything else.
 """
 
 import hashlib
@@ -19,7 +21,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice, repeat
@@ -33,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from train import config
+from train import config, formats
 from train.sources import BadRow, read, short
 
 CHUNK = 1000  # examples tokenised at once: enough to keep a fast tokenizer's threads busy
@@ -234,9 +237,10 @@ def prompts(row: dict, form: Form, cfg: config.Data, tokenizer) -> tuple[list[Te
         raise BadRow("not JSON", str(error), "columns of text, numbers, lists and objects") from error
     if not form.conversational:
         return [Text(prompt)], {}
-    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return [Text(tokenizer.apply_chat_template(_messages(prompt), tools=tools, tokenize=False, add_generation_prompt=True, **options))], {}
+    messages, options = _messages(prompt), row.get("chat_template_kwargs") or {}
+    with _rendering():
+        more = {"tools": _tools(row), "tokenize": False, "add_generation_prompt": True, **options}
+        return [Text(tokenizer.apply_chat_template(messages, **more))], {}
 
 
 def explicit(row: dict) -> dict:
@@ -271,9 +275,9 @@ def _chat(row: dict, messages: list, prompt_turns: int, cfg: config.Data, tokeni
     messages, spans = _messages(messages), None
     if not any(message["role"] == "assistant" for message in messages[prompt_turns:]):
         raise BadRow("only a prompt", ", ".join(message["role"] for message in messages), "an assistant message after the prompt")
-    tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
-    try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+    options = row.get("chat_template_kwargs") or {}
+    with _rendering():
+        tools = _tools(row)
 
         def render(turns, **more):
             return tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **more, **options)
@@ -287,14 +291,26 @@ def _chat(row: dict, messages: list, prompt_turns: int, cfg: config.Data, tokeni
             spans = render_jinja_template([messages], tools=tools, return_assistant_tokens_mask=True, **names)[1][0]
         elif cfg.assistant_only_loss:
             spans = _prefix_spans(messages, full, render, tokenizer)
-    except BadRow:
-        raise
-    except Exception as error:  # a template can raise anything on a row that it does not like
-        expected = "messages, tools (a list, or JSON) and chat_template_kwargs that it can render"
-        raise BadRow("chat template failed", f"{type(error).__name__}: {error}", expected) from error
     if spans is not None and not any(start < end for start, end in spans):
         raise BadRow("no assistant text", "nothing inside {% generation %}", "assistant text there", "mend the chat template")
     return Text(full, prompt, spans)
+
+
+def _tools(row: dict) -> list | None:
+    """What the row's messages may call: JSON schemas, or their JSON text."""
+    return json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+
+
+@contextmanager
+def _rendering():
+    """BadRow for whatever a template raises on a row that it does not like."""
+    try:
+        yield
+    except BadRow:
+        raise
+    except Exception as error:
+        expected = "messages, tools (a list, or JSON) and chat_template_kwargs that it can render"
+        raise BadRow("chat template failed", f"{type(error).__name__}: {error}", expected) from error
 
 
 TURNS = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
@@ -330,7 +346,7 @@ def _messages(messages: list) -> list[dict]:
         if role is None:
             raise BadRow("message without role", keys, "role and content")
         if not isinstance(role, str) or role not in AFTER:
-            cure = "rename it in the file: human is user, gpt and model are assistant"
+            cure = "rename it in the file: human is user, gpt and model are assistant; data.format: sharegpt does so in conversations"
             raise BadRow("unknown role", f"{role!r} in message {number}", ", ".join(AFTER), cure)
         if content is None and not message.get("tool_calls"):
             raise BadRow("message without content", keys, "role and content")
@@ -392,15 +408,19 @@ class _Store:
 
 
 def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str, limit: int | None = None) -> Rows:
-    """All rows of `source`, or the first `limit`, tokenised and masked.
+    """All rows of one source, or the first `limit`, tokenised and masked.
 
     ValueError: a malformed row unless `on_bad_row` is skip, no row left, or a setting that does not fit the rows. Rows whose prompt
     alone fills `max_length` are no error: they are dropped and counted."""
     plan, store, form, pending = KINDS[kind], _Store(), None, []
-    for where, row in islice(read(source, split, cfg.config, cfg.columns), limit):
+    for where, row in islice(rows_of(source, split, cfg), limit):
         try:
             if isinstance(row, BadRow):
                 raise row
+            if cfg.format:
+                row = formats.convert(row, cfg.format, kind, cfg.chat)
+            elif form is None and (name := formats.wanted(row, plan.forms)):
+                raise ValueError(f"the columns {', '.join(row)} are {name}'s; set data.format: {name}")
             row = as_chat(row, {"prompt": "user"} if kind == "prompts" else TURNS) if cfg.chat else row
             row = with_system(row, cfg.system_prompt) if cfg.system_prompt else row
             for one in plan.expand(row):
@@ -418,6 +438,61 @@ def prepare(source: str, split: str, cfg: config.Data, tokenizer, kind: str, lim
     if pending:
         _tokenise(pending, store, form, cfg, tokenizer)
     return _rows(source, split, form, plan, store, tokenizer)
+
+
+def sources_of(cfg: config.Data, part: str) -> list[tuple[str, str, config.Data]]:
+    """(source, split, its own settings) of each source of data.train, or of data.eval, which is read as the first of train's is."""
+    names = cfg.train if isinstance(cfg.train, list) else [cfg.train]
+    shared = cfg.train_split, cfg.config, cfg.format
+    own = [[value[i] if isinstance(value, list) else value for value in shared] for i in range(len(names))]
+    if part == "eval":
+        return [(cfg.eval, cfg.eval_split, replace(cfg, config=own[0][1], format=own[0][2], max_rows=None))]
+    return [(name, split, replace(cfg, config=subset, format=form)) for name, (split, subset, form) in zip(names, own)]
+
+
+def rows_of(source: str, split: str, cfg: config.Data) -> Iterator:
+    """What `sources.read` yields of one source."""
+    return read(source, split, cfg.config, cfg.columns, cfg.max_rows, isinstance(cfg.train, list))
+
+
+def epoch_of(sizes: list[int], weights: list[float] | None) -> list[int]:
+    """Examples of each source in an epoch. With weights: the fewest that have their shares, to the nearest example, and leave none out."""
+    unit = max(size / weight for size, weight in zip(sizes, weights or sizes))
+    return [round(unit * weight) for weight in weights or sizes]
+
+
+def mix(parts: list[Rows], weights: list[float] | None, seed: int) -> Rows:
+    """The epoch of several sources, one after the other. A source that is needed more than once is there whole as often as it goes,
+    then in part: which of its examples come once more is drawn from (seed, number of the source), for the whole run."""
+    if len(parts) == 1:
+        return parts[0]
+    chosen, counts = [], epoch_of([len(part) for part in parts], weights)
+    for number, (part, count) in enumerate(zip(parts, counts)):
+        drawn = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed + number))[: count % len(part)]
+        chosen.append(torch.cat([torch.arange(len(part)).repeat(count // len(part)), drawn.sort().values]))
+    ids, mask, lengths, columns = zip(*map(_take, parts, chosen))
+    columns = {name: torch.cat([own[name] for own in columns]) for name in columns[0]}
+    tensors = torch.cat(ids), torch.cat(mask), torch.cat([torch.zeros(1, dtype=torch.int64), *lengths]).cumsum(0), columns
+    examples = [part.examples[i] for part, own in zip(parts, chosen) if part.examples for i in own.tolist()]
+    shares = zip(parts, counts)
+    report = {
+        "epoch": [f"{n} of {part.report['source']} ({n / sum(counts):.1%}, its {len(part)} x {n / len(part):.4g})" for part, n in shares],
+        "kept": sum(counts),
+        "tokens": len(tensors[0]),
+        "trained_tokens": int(tensors[1].sum()),
+        "max_token_id": max(part.report["max_token_id"] for part in parts),
+    }
+    k = parts[0].rows_per_example
+    return Rows(*tensors[:3], k, columns, report, _fingerprint(_tensors(*tensors, examples), k), examples=examples)
+
+
+def _take(rows: Rows, examples: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Ids (N,), mask (N,), lengths (R,) and columns of these examples' rows."""
+    k = rows.rows_per_example
+    index = (examples[:, None] * k + torch.arange(k)).flatten()  # (R,)
+    lengths = rows.lengths[index]  # (R,)
+    tokens = torch.arange(int(lengths.sum())) + (rows.offsets[index] - lengths.cumsum(0) + lengths).repeat_interleave(lengths)  # (N,)
+    return rows.input_ids[tokens], rows.loss_mask[tokens], lengths, {name: column[index] for name, column in rows.columns.items()}
 
 
 def _tokenise(examples: list, store: _Store, form: Form, cfg: config.Data, tokenizer) -> None:

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AutoConfig
 
 from models import load, logprobs, sharding
 from models.attention import Rows
-from train import batches, data, optim, rollouts, sources, toy
+from train import batches, data, optim, rollouts, toy
 
 SAMPLE = 1000  # rows of data.train that are tokenised
 NF4 = 0.5, (1 + 4 / 256) / 64  # bytes of a weight: sharded, and whole on every rank
@@ -48,26 +48,29 @@ def show(cfg, algorithm, ranks, device):
 def describe(cfg, algorithm, ranks, device):
     """Lines of text, one after another as they become known. ValueError: what would end the run at its start."""
     shape, tokenizer = model_config(cfg.model), tokenizer_of(cfg.model)
-    rows = sample(cfg, "train", cfg.data.train, cfg.data.train_split, algorithm, tokenizer)
-    yield "data.train: " + ", ".join(f"{name} {value}" for name, value in rows.report.items())
-    yield data.show(rows, tokenizer)
-    if cfg.data.eval:
-        held_out = sample(cfg, "eval", cfg.data.eval, cfg.data.eval_split, algorithm, tokenizer)
-        yield "data.eval: " + ", ".join(f"{name} {value}" for name, value in held_out.report.items())
-    model = outline(cfg, shape, device)
-    load.check_vocabulary(model, rows.report["max_token_id"])
+    parts = {"train": sample(cfg, "train", algorithm, tokenizer), "eval": sample(cfg, "eval", algorithm, tokenizer)}
+    for part, samples in parts.items():
+        for rows in samples:
+            yield f"data.{part}: " + ", ".join(f"{name} {value}" for name, value in rows.report.items())
+            if part == "train":
+                yield data.show(rows, tokenizer)
+    model, samples = outline(cfg, shape, device), parts["train"]
+    load.check_vocabulary(model, max(rows.report["max_token_id"] for rows in samples))
     if cfg.fsdp.activation_checkpointing != "none":
         yield f"activations are counted as without fsdp.activation_checkpointing; {cfg.fsdp.activation_checkpointing} keeps fewer of them"
-    examples, steps, tokens, share = extent(cfg, algorithm, rows)
+    counts, steps, tokens, share = extent(cfg, algorithm, samples)
     parts = math.ceil(tokens / steps / ranks / cfg.train.micro_batch_tokens)
-    found = memory(cfg, model, ranks, round(cfg.train.micro_batch_tokens * share), parts > 1, longest(cfg, rows))
+    found = memory(cfg, model, ranks, round(cfg.train.micro_batch_tokens * share), parts > 1, longest(cfg, samples))
     everything, trained = count(model.parameters()), count(p for p in model.parameters() if p.requires_grad)
     kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
     yield f"model: {kind}, {everything:,} parameters, {trained:,} of them trained, {dtype}, {ranks} x {device}"
     parts_of_it = ", ".join(f"{name} {in_words(value)}" for name, value in found._asdict().items() if value)
     yield f"memory of a rank, its tensors alone, with {cfg.train.micro_batch_tokens} tokens at once: {parts_of_it}"
     size = cfg.train.global_batch_size
-    yield f"run: {examples:,} examples, {steps:,} steps of {size}, {parts} micro-batches a rank and step, {tokens:,} tokens"
+    if len(counts) > 1:
+        shares = zip(data.sources_of(cfg.data, "train"), counts)
+        yield "an epoch: " + ", ".join(f"{count:,} examples of {source[0]}" for source, count in shares)
+    yield f"run: {sum(counts):,} examples, {steps:,} steps of {size}, {parts} micro-batches a rank and step, {tokens:,} tokens"
     saved = trained * (4 + optim.STATE_BYTES[cfg.train.optim])
     final = trained * 4 if cfg.lora.r else everything * (shape.dtype or torch.float32).itemsize
     kept = cfg.checkpoint.save_total_limit or math.ceil(steps / (cfg.checkpoint.save_steps or steps))
@@ -93,9 +96,8 @@ def embedded(name):
 
 def tokenizer_of(cfg):
     name = cfg.model_name_or_path
-    if name.startswith("builtin:"):
-        return toy.tokenizer(embedded(name))
-    return offered(load.AutoTokenizer, name, cfg)
+    found = toy.tokenizer(embedded(name)) if name.startswith("builtin:") else offered(load.AutoTokenizer, name, cfg)
+    return load.with_template(found, cfg.chat_template_path)
 
 
 def offered(kind, name, cfg):
@@ -106,31 +108,35 @@ def offered(kind, name, cfg):
         raise ValueError(f"model.model_name_or_path: {name!r} cannot be read, here or from the hub: {type(e).__name__}: {first}") from e
 
 
-def sample(cfg, part, source, split, algorithm, tokenizer):
-    """The first rows of data.train or data.eval, refused like all of them would be."""
-    rows = data.prepare(source, split, cfg.data, tokenizer, algorithm.ROWS, SAMPLE)
-    if algorithm.ROWS != "prompts":
+def sample(cfg, part, algorithm, tokenizer):
+    """The first rows of each source of data.train, or of data.eval, refused like all of them would be."""
+    if part == "eval" and not cfg.data.eval:
+        return []
+    samples = [data.prepare(*source, tokenizer, algorithm.ROWS, SAMPLE) for source in data.sources_of(cfg.data, part)]
+    for rows in samples if algorithm.ROWS != "prompts" else ():
         batches.check_budget(rows, cfg.train.micro_batch_tokens)
-    return data.scoring_prompts(rows) if getattr(algorithm, "SCORES_PROMPT", False) else rows
+    return [data.scoring_prompts(rows) for rows in samples] if getattr(algorithm, "SCORES_PROMPT", False) else samples
 
 
-def extent(cfg, algorithm, rows):
-    """(examples, steps, tokens of the run, share of tokens that the head scores), by the sample where there are more rows."""
-    lines = sum(1 for _ in sources.read(cfg.data.train, cfg.data.train_split, cfg.data.config, cfg.data.columns))
-    examples = round(len(rows) * lines / min(lines, SAMPLE))
-    tokens, scored = len(rows.input_ids) / len(rows), rows.per_token.get("score_mask", rows.loss_mask).float().mean().item()
-    sizes = ()
+def extent(cfg, algorithm, samples):
+    """(each source's examples in an epoch, steps, tokens of the run, share of tokens that the head scores); samples stand for more."""
+    lines = [sum(1 for _ in data.rows_of(*source)) for source in data.sources_of(cfg.data, "train")]
+    counts = data.epoch_of([round(len(rows) * n / min(n, SAMPLE)) for rows, n in zip(samples, lines)], cfg.data.weights)
+    weighed = [(count / len(rows) / sum(counts), rows) for count, rows in zip(counts, samples)]
+    tokens = sum(weight * len(rows.input_ids) for weight, rows in weighed)
+    scored = sum(weight * rows.per_token.get("score_mask", rows.loss_mask).sum().item() for weight, rows in weighed) / tokens
+    sizes, examples = (), sum(counts)
     if algorithm.ROWS == "prompts":  # each answer as long as it may be
-        sizes, longest = rollouts.sizes(cfg), cfg.grpo.max_completion_length
-        tokens, scored = tokens + longest, longest / (tokens + longest)
+        sizes, answer = rollouts.sizes(cfg), cfg.grpo.max_completion_length
+        tokens, scored = tokens + answer, answer / (tokens + answer)
     steps = batches.steps_in(examples, cfg.train, *sizes)
     per_step = min(cfg.train.global_batch_size, examples if algorithm.ROWS != "prompts" else math.inf)
-    return examples, steps, round(steps * per_step * tokens), scored
+    return counts, steps, round(steps * per_step * tokens), scored
 
 
-def longest(cfg, rows):
+def longest(cfg, samples):
     """Tokens of the longest row that is sampled."""
-    return int(rows.lengths.max()) + cfg.grpo.max_completion_length
+    return max(int(rows.lengths.max()) for rows in samples) + cfg.grpo.max_completion_length
 
 
 def outline(cfg, shape, device):

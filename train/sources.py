@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ import datasets
 from train import toy
 
 GAP = re.compile(r"[\s,]*")
+NESTED = ("prompt", "completion", "messages", "conversations", "chosen", "rejected", "tools")  # columns of messages and of schemas
 
 
 class BadRow(ValueError):
@@ -23,15 +25,22 @@ class BadRow(ValueError):
         super().__init__(f"{reason} (got {got}, expected {expected}{'; ' + cure if cure else ''})")
 
 
-def read(source: str, split: str = "train", config: str | None = None, columns: dict[str, str] | None = None) -> Iterator:
+def read(
+    source: str,
+    split: str = "train",
+    config: str | None = None,
+    columns: dict[str, str] | None = None,
+    max_rows: int | None = None,
+    mixed: bool = False,
+) -> Iterator:
     """Yields (where, row): where is "file.jsonl:LINE", "file.parquet:ROW" or "name[split]:ROW", row a dict, or the BadRow that
-    says why it is none. `columns` renames, new name to the file's. ValueError: nothing to read, or the first row lacks a column
-    that `columns` names."""
+    says why it is none. `columns` renames, new name to the file's; the first `max_rows` alone are read. ValueError: nothing to
+    read, or the first row lacks a column that `columns` names; one of several sources (mixed) may lack all of them."""
     where, first = None, True
-    for where, row in _source(source, split, config):
+    for where, row in islice(_source(source, split, config, streaming=max_rows is not None), max_rows):
         if isinstance(row, dict):
             absent = [old for old in (columns or {}).values() if old not in row]
-            if first and absent:
+            if first and absent and not (mixed and len(absent) == len(columns)):
                 raise ValueError(f"{where}: data.columns renames {', '.join(absent)}, but the row has columns {', '.join(row)}")
             if columns:
                 kept = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
@@ -42,7 +51,7 @@ def read(source: str, split: str = "train", config: str | None = None, columns: 
         raise ValueError(f"{source}: there are no rows in it")
 
 
-def _source(source: str, split: str, config: str | None) -> Iterator:
+def _source(source: str, split: str, config: str | None, streaming: bool) -> Iterator:
     path, name = Path(source).expanduser(), f"{source}[{split}]"
     if source.startswith("builtin:"):
         rows = toy.dataset(source.removeprefix("builtin:"), split)
@@ -52,7 +61,7 @@ def _source(source: str, split: str, config: str | None) -> Iterator:
             return
         if path.suffix != ".parquet":
             raise ValueError(f"{source}: cannot read a {path.suffix or 'suffix-less'} file; expected .jsonl, .json or .parquet")
-        rows, name = datasets.Dataset.from_parquet(str(path)), source
+        rows, name = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming), source
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         rows = datasets.load_from_disk(str(path))
         if isinstance(rows, datasets.DatasetDict) and split not in rows:
@@ -62,12 +71,19 @@ def _source(source: str, split: str, config: str | None) -> Iterator:
         raise ValueError(f"{source}: {_nearest(path)}")
     else:
         try:
-            rows = datasets.load_dataset(source, config, split=split)
+            rows = datasets.load_dataset(source, config, split=split, streaming=streaming)
         except Exception as error:  # dozens of types, from network to parsing: all mean that the name, split or config is wrong
             what = "folder" if path.is_dir() else "no such file or folder, and the hub dataset"
             raise ValueError(f"{source}: {what} cannot be loaded with config {config}, split {split}: {error}") from error
     for number, row in enumerate(rows, 1):
-        yield f"{name}:{number}", row
+        yield f"{name}:{number}", {key: _filled(value) if key in NESTED else value for key, value in row.items()}
+
+
+def _filled(value: object) -> object:
+    """Without the nulls that Arrow puts where an object lacks a key that another one has, and templates would render."""
+    if isinstance(value, dict):
+        return {key: _filled(one) for key, one in value.items() if one is not None}
+    return [_filled(one) for one in value] if isinstance(value, list) else value
 
 
 def _looks_like_path(source: str) -> bool:

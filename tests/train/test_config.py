@@ -526,7 +526,7 @@ def test_help_shows_every_setting(write, capsys):
     assert [key for key in shown if not texts.get(key)] == [], "a field without a docstring"
     assert [key for key in shown if f"--{key}" not in text or re.sub(r"\s", "", texts[key]) not in text] == []
     assert "--train.learning_rateLEARNING_RATEAdamW'sstepsizeatthetopoftheschedule.(type:float,default:2e-05)" in text
-    assert "(required)(type:str)--data.eval" in text and "(type:int|null,default:1024)" in text
+    assert "(required)(type:str|list[str])--data.weights" in text and "(type:int|null,default:1024)" in text
     assert "--configFILE" in text and "--print_config" in text
 
 
