@@ -25,7 +25,7 @@ from train.log import say
 ALGORITHMS = {"sft": sft, "dpo": dpo, "simpo": simpo, "kto": kto, "orpo": orpo, "grpo": grpo}
 STARTS = {  # models that the embedded SFT recipe makes: the options that it runs with
     "builtin:sft": [],
-    "builtin:short_sft": ["--output_dir=runs/short_sft", "--train.max_steps=120"],  # GRPO needs something left to learn
+    "builtin:short_sft": ["--output_dir=runs/short_sft", "--train.max_steps=140"],  # GRPO needs something left to learn
 }
 
 
@@ -36,7 +36,11 @@ def main():
             here = "cuda" if torch.cuda.is_available() else "cpu"
             sys.exit(dry_run.show(cfg, ALGORITHMS[cfg.algorithm], asked[0], asked[1] or here))
         return
-    device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
+    try:
+        sharding.check_ranks(cfg.fsdp.replicas, int(os.environ.get("WORLD_SIZE", "1")))
+        device = sharding.start_ranks(cfg.fsdp.timeout_seconds)
+    except ValueError as e:
+        sys.exit(f"train.py: {e}")
     peers.begin()
     progress, state = {}, "preempted"
     try:
@@ -100,7 +104,10 @@ class Run:
             Path(cfg.output_dir, "config.yaml").write_text(config.to_yaml(cfg))
             log.write_status(cfg.output_dir, "running", progress["step"])
 
-        self.model = model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed, cfg.lora)
+        if cfg.fsdp.activation_checkpointing == "auto":
+            self.cfg = cfg = dry_run.fitted(cfg, rows, self.algorithm, dist.get_world_size())
+            say(f"fsdp.activation_checkpointing: auto is {cfg.fsdp.activation_checkpointing} here")
+        self.model = model = load.build(cfg.model, folder, cfg.fsdp, device, cfg.seed, cfg.lora, cfg.train.micro_batch_tokens)
         for part in (rows, held_out) if held_out else (rows,):
             load.check_vocabulary(model, part.report["max_token_id"])
         parameters, trained, held = load.size(model)

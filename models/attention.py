@@ -14,14 +14,18 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from models.sharding import moved
+
 # torch 2.13 demands this argument for grouped heads, 2.11 does not have it
 VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-KERNELS = {  # name: (least and largest major compute capability, whether in 16 bits alone, module, how it is installed)
-    "varlen": (8, 99, True, None, None),
-    "flash_attention_2": (8, 99, True, "flash_attn", "pip install flash-attn --no-build-isolation"),
+KERNELS = {  # name: (least and largest major compute capability, whether in 16 bits alone, module, how it is installed); fastest first
     "flash_attention_3": (9, 9, True, "flash_attn_interface", "python setup.py install in hopper/ of github.com/Dao-AILab/flash-attention"),
+    "flash_attention_4": (9, 12, True, "flash_attn.cute", "pip install --pre flash-attn-4"),
+    "varlen": (8, 99, True, None, None),
+    "flash_attention_2": (8, 99, True, "flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"),
+    "sdpa": (0, 99, False, None, None),
     "flex": (8, 99, False, None, None),
 }
 
@@ -29,22 +33,34 @@ KERNELS = {  # name: (least and largest major compute capability, whether in 16 
 def choose(name, device, dtype):
     """The registered name for the `attn_implementation` of the config; a ValueError where this machine cannot run it."""
     if name == "auto":
-        name = "sdpa" if lacks("varlen", device, dtype) else "varlen"
+        name = next(n for n in KERNELS if not lacks(n, device, dtype))
     if problem := lacks(name, device, dtype):
         raise ValueError(f"model.attn_implementation: {name} needs {problem}; `sdpa` runs everywhere")
-    return f"packed_{name}"
+    return registered(name)
+
+
+def registered(name):
+    """What transformers knows an implementation by; it would take any name with `flash` in it for one of its own."""
+    return f"packed_{name.replace('flash_attention_', 'fa')}"
 
 
 def lacks(name, device, dtype):
     """What this machine would need for an implementation, or None."""
-    low, high, short, module, install = KERNELS.get(name, (0, 99, False, None, None))
-    if module and not importlib.util.find_spec(module):
+    low, high, short, module, install = KERNELS[name]
+    if module and not installed(module):
         return f"the package {module}: {install}"
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if not low <= major <= high or (short and dtype not in (torch.bfloat16, torch.float16)):
         models = f"{low}.0 or later" if high == 99 else f"{low}.x"
         floats = " and model.dtype bfloat16" if short else ""
         return f"a GPU of compute capability {models}{floats}, got {device.type} and {str(dtype).removeprefix('torch.')}"
+
+
+def installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package above it is missing
+        return False
 
 
 class Rows:
@@ -58,8 +74,8 @@ class Rows:
         self.lengths, self.longest, self.masks = lengths, max(lengths), {}
         self.bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()  # (R + 1,)
 
-    def to(self, device, **options):
-        self.bounds = self.bounds.to(device, **options)
+    def to(self, device):
+        self.bounds = moved(self.bounds, torch.device(device))
         return self
 
 
@@ -94,13 +110,13 @@ def varlen(module, query, key, value, attention_mask, rows, scaling=None, slidin
 
 @torch.compiler.disable
 def flash(package, module, query, key, value, attention_mask, rows, scaling=None, sliding_window=None, **kwargs):
-    """The packages flash_attn and flash_attn_interface (FlashAttention 2 and 3). The same shapes as `sdpa`."""
+    """FlashAttention's own packages, versions 2 to 4. The same shapes as `sdpa`."""
     refuse(kwargs)
-    cu, longest = rows.bounds, rows.longest
-    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    open_ = None if package == "flash_attn.cute" else -1
+    how = {"softmax_scale": scaling, "causal": True, "window_size": (open_, open_) if sliding_window is None else (sliding_window - 1, 0)}
+    how |= {f"cu_seqlens_{side}": rows.bounds for side in "qk"} | {f"max_seqlen_{side}": rows.longest for side in "qk"}
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, heads, D)
-    function = importlib.import_module(package).flash_attn_varlen_func
-    out = function(q, k, v, cu, cu, longest, longest, softmax_scale=scaling, causal=True, window_size=window)
+    out = importlib.import_module(package).flash_attn_varlen_func(q, k, v, **how)
     return (out[0] if isinstance(out, tuple) else out)[None], None  # some versions of 3 give the log-sum-exps too
 
 
@@ -138,5 +154,5 @@ def refuse(kwargs):
 AttentionInterface.register("packed_sdpa", sdpa)
 AttentionInterface.register("packed_varlen", varlen)
 AttentionInterface.register("packed_flex", flex)
-AttentionInterface.register("packed_flash_attention_2", partial(flash, "flash_attn"))
-AttentionInterface.register("packed_flash_attention_3", partial(flash, "flash_attn_interface"))
+for version in "234":
+    AttentionInterface.register(registered(f"flash_attention_{version}"), partial(flash, KERNELS[f"flash_attention_{version}"][3]))

@@ -5,11 +5,16 @@ config refuses the two together. Liger's fused linear cross-entropy is not among
 and per-token losses with gradients only by a second pass, which `chunked` of models/logprobs.py does as well.
 """
 
+import dataclasses
 import os
 import sys
 from types import MethodType
 
+import torch
 import torch.distributed as dist
+from torch import nn
+
+from models.sharding import decoder_layers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # root-mean-square norms without an offset, gated SiLU, rotation by halves
 
@@ -65,3 +70,23 @@ def swap_rotation(model):
     source = sys.modules[type(model).__module__]
     source.apply_rotary_pos_emb = liger_rotary_pos_emb  # of every model of the family in this process
     return f"{source.__name__.rpartition('.')[2]}.apply_rotary_pos_emb -> liger_rotary_pos_emb"
+
+
+def to_float8(model, recipe, device, emulate=False):
+    """Let the decoder's linear layers multiply in 8-bit floating point, by torchao, before the model is sharded. Weights and names stay.
+
+    recipe: "tensorwise" or "rowwise", what a scale is of. A layer with a side that 16 does not divide is left as it is. emulate: without
+    the matrix units for it.
+    """
+    if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise ValueError(f"model.float8: {recipe} needs a GPU of compute capability 8.9 or later; leave it out")
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as e:
+        raise ValueError("model.float8: torchao is not installed: pip install -e '.[float8]'") from e
+    inside = {m for layer in decoder_layers(model) for m in layer.modules() if type(m) is nn.Linear}
+    chosen = {m for m in inside if m.in_features % 16 == 0 and m.out_features % 16 == 0}
+    how = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    convert_to_float8_training(model, module_filter_fn=lambda module, _: module in chosen, config=how)
+    if dist.get_rank() == 0:
+        print(f"swapped {len(chosen)} of {len(inside)} Linear -> Float8Linear ({recipe})", flush=True)

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from models import attention, generate, kernels, logprobs, lora, quantize, sharding
+from models import attention, generate, kernels, logprobs, lora, quantize, replica, sharding
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
@@ -65,10 +65,11 @@ def with_template(tokenizer, path):
     return tokenizer
 
 
-def build(cfg, folder, fsdp, device, seed, adapters=None):
+def build(cfg, folder, fsdp, device, seed, adapters=None, budget=None):
     """The sharded causal language model that `cfg` (the config's `model` block) describes, ready to score.
 
-    Weights are float32, or under adapters (the config's `lora` block) frozen and in the compute dtype.
+    Weights are float32, or under adapters (the config's `lora` block) frozen and in the compute dtype. budget: tokens of a micro-batch,
+    for a model to be trained; it gets a replica where `fsdp.reshard_after_forward` wants one.
     """
     dtype = sharding.compute_dtype(cfg.dtype, device)
     adapted = bool(adapters and adapters.r)
@@ -78,8 +79,18 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
         model.generation_config = GenerationConfig.from_pretrained(folder)
     kernels.swap(model, cfg.kernels, device)
     generate.add_decoder(model)
-    sharding.wrap_layers(model, fsdp.activation_checkpointing, cfg.compile)
-    sharding.shard(model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp)
+    twin = None
+    if budget and replica.wanted(cfg, fsdp, model, device.type, sharding.card(device)):
+        twin = outline(cfg, model_config, dtype, adapters, model.config._attn_implementation)
+        kernels.swap(twin, cfg.kernels, device)
+    if cfg.float8:
+        kernels.to_float8(twin or model, cfg.float8, device)
+    sharding.wrap_layers(twin or model, fsdp.activation_checkpointing, cfg.compile)
+    if twin:
+        sharding.wrap_layers(model, "none", cfg.compile)  # it scores what is a reference
+    sharding.shard(
+        model, sharding.make_mesh(device, fsdp.replicas), dtype, fsdp, reshards=bool(twin) or fsdp.reshard_after_forward is not False
+    )
     with lora.unwrapped(model):
         if cfg.from_scratch or cfg.model_name_or_path.startswith("builtin:"):
             initialise(model, seed, device)
@@ -90,6 +101,7 @@ def build(cfg, folder, fsdp, device, seed, adapters=None):
         if adapters.adapter_name_or_path:
             lora.read_adapter(model, adapters.adapter_name_or_path)
     assert sharding.is_tied(model) == model.config.get_text_config().tie_word_embeddings, "tied embeddings came apart"
+    model.replica = replica.Replica(model, twin, dtype, fsdp, budget if cfg.cuda_graphs else None) if twin else None
     return model.train()
 
 

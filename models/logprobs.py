@@ -1,7 +1,7 @@
 """The seam: a model and a batch of rows in, per-token log-probs out, float32 and aligned with `input_ids`.
 
 Below it, rows are packed end to end (no padding is computed), the head runs only where a target follows, and the table of
-(tokens x vocabulary) is made slice by slice, in the forward pass and again in the backward pass, so it never exists whole.
+(tokens x vocabulary) is made slice by slice, so in float32 it never exists whole.
 """
 
 from types import MethodType
@@ -11,9 +11,10 @@ from torch import nn
 
 from models.attention import Rows
 from models.dropout import token_keys
-from models.sharding import reshard
+from models.sharding import moved, reshard
 
-SLICE = 2**26  # elements of one slice of (tokens x vocabulary): 256 MiB in float32
+SLICE = {"cpu": 2**26, "cuda": 2**28, "meta": 2**26}  # elements of one slice of (tokens x vocabulary), 4 bytes each
+KEPT = {"cpu": 2**28, "cuda": 2**32, "meta": 0}  # bytes of such a table that may wait for the backward pass
 
 
 def token_logps(model, batch, byproducts=()):
@@ -27,11 +28,11 @@ def token_logps(model, batch, byproducts=()):
     """
     packed, (rows, columns) = pack(batch)
     device = model.lm_head.weight.device
-    packed = {k: v.to(device, non_blocking=True) for k, v in packed.items()}
+    packed = {k: v.to(device) if isinstance(v, Rows) else moved(v, device) for k, v in packed.items()}
     values = model.score(**packed, byproducts=tuple(byproducts), temperature=float(batch.get("temperature", 1.0)))
     if not torch.is_grad_enabled():
         reshard(model)  # the groups that stay whole for the backward pass, which does not come
-    where = (rows.to(device), columns.to(device))
+    where = (moved(rows, device), moved(columns, device))
     blank = torch.zeros(batch["input_ids"].shape, device=device)  # (R, T)
     return {name: blank.index_put(where, v) for name, v in values.items()}
 
@@ -132,7 +133,7 @@ def eager(hidden, weight, bias, labels, transform, byproducts):
 
 
 def chunked(hidden, weight, bias, labels, transform, byproducts):
-    """Log-probs (M,) slice by slice, each slice recomputed in the backward pass."""
+    """Log-probs (M,) slice by slice; what the backward pass needs of a slice is kept where it is small, or made again."""
     values = Chunked.apply(hidden, weight, bias, labels, transform, byproducts)
     return dict(zip(("logps", *byproducts), values))
 
@@ -147,8 +148,8 @@ def statistics(z):
 def byproducts_of(z, p, lse, index, labels, names):
     """What metrics want of a slice of logits z (m, V) and its `statistics`; each (m,) float32."""
     out = {}
-    for name in {"entropy", "live_entropy"} & set(names):
-        out[name] = lse - torch.einsum("mv,mv->m", p, z)
+    if "entropy" in names:
+        out["entropy"] = lse - torch.einsum("mv,mv->m", p, z)
     if "is_top1" in names:
         out["is_top1"] = (index == labels).float()
     if "mean_logits" in names:
@@ -158,63 +159,95 @@ def byproducts_of(z, p, lse, index, labels, names):
     return out
 
 
+def read(z, labels, out, rest):
+    """Fill `out`, {name: (m,)} with "lse", "logps" and byproducts, from logits z (m, V); rest, (m, V) or None: [v = y] - p_v."""
+    if z.is_cuda:
+        return head_kernels().read(z, labels, out, rest)
+    p, lse, index = statistics(z)
+    found = {"lse": lse, "logps": z.gather(-1, labels[:, None])[:, 0] - lse} | byproducts_of(z, p, lse, index, labels, out)
+    for name, value in out.items():
+        value.copy_(found[name])
+    if rest is not None:
+        one = torch.ones(1, 1, dtype=p.dtype, device=p.device).expand(len(p), 1)
+        rest.copy_(p.neg_().scatter_add_(-1, labels[:, None], one))
+
+
+def slope(z, labels, lse, grad, entropy, of_entropy, transform, dtype):
+    """The gradient in the head's products (m, V), in `dtype`, of upstream gradients of log-probs and, if not None, of entropies (m,)."""
+    scale, softcap, temperature = transform
+    if z.is_cuda and softcap is None:
+        return head_kernels().slope(z, labels, lse, grad, entropy, of_entropy, scale / temperature, dtype)
+    cap = None if softcap is None else 1 - (z * temperature / softcap) ** 2  # slope of the soft cap
+    p = z.sub_(lse[:, None]).exp_()
+    bend = None if of_entropy is None else (torch.xlogy(p, p) + p * entropy[:, None]) * of_entropy[:, None]
+    dz = p.mul_(-grad[:, None])  # d log p_y / d z_v = [v = y] - p_v
+    if bend is not None:
+        dz -= bend  # d H / d z_v = -p_v (log p_v + H)
+    dz.scatter_add_(-1, labels[:, None], grad[:, None])
+    if cap is not None:
+        dz.mul_(cap)
+    return dz.mul_(scale / temperature).to(dtype)
+
+
+def head_kernels():
+    from models import head_kernels  # Triton comes with torch for GPUs alone
+
+    return head_kernels
+
+
 class Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, transform, byproducts):
-        values = {name: torch.empty(len(labels), device=hidden.device) for name in ("logps", *byproducts)}  # (M,) each
-        lse = torch.empty(len(labels), device=hidden.device)  # (M,)
-        parts = slices(len(labels), weight.shape[0])
-        # a single slice is kept for the backward pass, which would make one anyway: no more memory, and no second product
-        ctx.p, keep = None, len(parts) == 1 and transform[1] is None and any(ctx.needs_input_grad)
-        for part in parts:
+        m, vocabulary = len(labels), weight.shape[0]
+        names = {"logps", "lse", *(name.removeprefix("live_") for name in byproducts)}
+        out = {name: torch.empty(m, device=hidden.device) for name in names}  # (M,) each
+        keep = any(ctx.needs_input_grad) and keeps(m, weight, transform, byproducts, hidden.device)
+        ctx.rest = hidden.new_empty(m, vocabulary) if keep else None
+        for part in slices(m, vocabulary, hidden.device):
             z = logits(hidden[part], weight, bias, transform)  # (m, V)
-            p, lse[part], index = statistics(z)
-            values["logps"][part] = z.gather(-1, labels[part, None])[:, 0] - lse[part]
-            for name, value in byproducts_of(z, p, lse[part], index, labels[part], byproducts).items():
-                values[name][part] = value
-            if keep:
-                ctx.p = p  # (M, V)
-            del z, p  # or they would stand beside the next slice
-        entropy = values.get("live_entropy")
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy)
-        ctx.transform, ctx.live = transform, byproducts.index("live_entropy") if entropy is not None else None
+            read(z, labels[part], {name: value[part] for name, value in out.items()}, ctx.rest[part] if keep else None)
+            del z  # or it would stand beside the next slice
+        live = "live_entropy" in byproducts
+        values = {name: out["entropy"].clone() if name == "live_entropy" else out[name] for name in ("logps", *byproducts)}
+        ctx.save_for_backward(hidden, weight, bias, labels, out["lse"], out["entropy"] if live else None)
+        ctx.transform, ctx.live = transform, byproducts.index("live_entropy") if live else None
         ctx.mark_non_differentiable(*(values[name] for name in byproducts if name != "live_entropy"))
         return tuple(values.values())
 
     @staticmethod
     def backward(ctx, grad, *others):
         hidden, weight, bias, labels, lse, entropy = ctx.saved_tensors
-        scale, softcap, temperature = ctx.transform
-        of_entropy = None if ctx.live is None else others[ctx.live]  # (M,)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        if ctx.rest is not None:
+            rest, ctx.rest = ctx.rest, None  # (M, V)
+            grad = (grad * (ctx.transform[0] / ctx.transform[2]))[:, None]  # (M, 1)
+            d_hidden = ((rest @ weight) * grad).to(hidden.dtype) if want_hidden else None
+            d_weight = rest.t() @ (hidden * grad).to(hidden.dtype) if want_weight else None
+            return d_hidden, d_weight, (rest.float() * grad).sum(0) if want_bias else None, None, None, None
+        of_entropy = None if ctx.live is None else others[ctx.live]  # (M,)
         d_hidden = torch.empty_like(hidden) if want_hidden else None  # (M, H)
         d_weight = torch.zeros(weight.shape, device=weight.device) if want_weight else None  # (V, H) float32
         d_bias = torch.zeros(bias.shape, device=bias.device) if want_bias else None  # (V,) float32
-        for part in slices(len(labels), weight.shape[0]):
-            if ctx.p is not None:
-                p, ctx.p, slope = ctx.p, None, None
-            else:
-                z = logits(hidden[part], weight, bias, ctx.transform)  # (m, V)
-                slope = None if softcap is None else 1 - (z * temperature / softcap) ** 2  # of the soft cap
-                p = z.sub_(lse[part, None]).exp_()
-            bend = None if of_entropy is None else (torch.xlogy(p, p) + p * entropy[part, None]) * of_entropy[part, None]
-            dz = p.mul_(-grad[part, None])  # d log p_y / d z_v = [v = y] - p_v
-            if bend is not None:
-                dz -= bend  # d H / d z_v = -p_v (log p_v + H)
-            dz.scatter_add_(-1, labels[part, None], grad[part, None])
-            if slope is not None:
-                dz.mul_(slope)
-            dz = dz.mul_(scale / temperature).to(hidden.dtype)  # (m, V)
+        for part in slices(len(labels), weight.shape[0], hidden.device):
+            z = logits(hidden[part], weight, bias, ctx.transform)  # (m, V)
+            of = (None, None) if of_entropy is None else (entropy[part], of_entropy[part])
+            dz = slope(z, labels[part], lse[part], grad[part], *of, ctx.transform, hidden.dtype)  # (m, V)
             if want_hidden:
                 d_hidden[part] = dz @ weight
             if want_weight:
                 d_weight += dz.t() @ hidden[part]
             if want_bias:
                 d_bias += dz.sum(0)
-            z = p = dz = bend = None  # or they would stand beside the next slice
+            z = dz = None  # or they would stand beside the next slice
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def slices(count, vocabulary):
-    size = max(1, SLICE // vocabulary)
+def keeps(count, weight, transform, byproducts, device):
+    """Whether [v = y] - p_v of all `count` targets stays in memory, in 16 bits under bfloat16: no second product with the head then."""
+    plain = transform[1] is None and "live_entropy" not in byproducts
+    return plain and count * weight.numel() // weight.shape[1] * weight.itemsize <= KEPT[device.type]
+
+
+def slices(count, vocabulary, device):
+    size = max(1, SLICE[device.type] // vocabulary)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -17,9 +17,16 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}  # what selective ch
 
 
 def start_ranks(timeout_seconds):
-    """Join the process group that torchrun describes, or make one of a single rank; returns this rank's device."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    """Join the process group that torchrun describes, or make one of a single rank; returns this rank's device.
+
+    ValueError: more ranks than GPUs.
+    """
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda", local) if gpus else torch.device("cpu")
+    if gpus:
+        if local >= gpus:
+            ranks = os.environ["LOCAL_WORLD_SIZE"]
+            raise ValueError(f"--nproc-per-node: got {ranks} ranks on this host, expected at most {gpus}, one for each of its GPUs")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
@@ -40,14 +47,24 @@ def meeting_place(env, timeout):
     return {"store": dist.PrefixStore(f"restart-{again}", store), "rank": int(env["RANK"]), "world_size": ranks}
 
 
+def check_ranks(replicas, world):
+    """ValueError where `world` ranks do not make so many equal groups."""
+    if world % replicas:
+        raise ValueError(f"fsdp.replicas: got {replicas}, expected a divisor of the run's {world} ranks; change it, or --nproc-per-node")
+
+
 def make_mesh(device, replicas):
     """The mesh of all ranks: one axis, or with `replicas` above 1 (HSDP) a (replicate, shard) pair."""
     world = dist.get_world_size()
-    if world % replicas:
-        raise ValueError(f"fsdp.replicas: {replicas} does not divide the {world} ranks of this run")
+    check_ranks(replicas, world)
     if replicas == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def card(device):
+    """Bytes of memory of a GPU; without one, of those that are most usual."""
+    return torch.cuda.mem_get_info(device)[1] if torch.cuda.is_available() else 80 * 2**30
 
 
 def compute_dtype(name, device):
@@ -57,17 +74,18 @@ def compute_dtype(name, device):
     return getattr(torch, name)
 
 
-def shard(model, mesh, dtype, settings):
+def shard(model, mesh, dtype, settings, reshards):
     """`fully_shard` the layers, then the ends, then the root; works on the meta device and moves nothing.
 
-    Parameters keep their own dtype (float32 masters); with `dtype` bfloat16 the layers compute in it. settings: the config's `fsdp` block.
+    Parameters keep their own dtype (float32 masters); with `dtype` bfloat16 the layers compute in it. settings: the config's `fsdp` block;
+    reshards: whether layers are freed between their forward and backward passes.
     """
     policy = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, getattr(torch, settings.reduce_dtype))
     layers = decoder_layers(model)
-    groups = [(layer, settings.reshard_after_forward) for layer in layers]
+    groups = [(layer, reshards) for layer in layers]
     embed, head = model.get_input_embeddings(), model.lm_head
     if not is_tied(model):  # a tied pair stays in the root's group: in two groups, torch 2.11 unties it in silence
-        groups += [(embed, settings.reshard_after_forward), (head, False)]  # the backward pass begins with the head
+        groups += [(embed, reshards), (head, False)]  # the backward pass begins with the head
     for module, reshard in (*groups, (model, False)):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
         module.reshards = reshard
@@ -76,6 +94,11 @@ def shard(model, mesh, dtype, settings):
         layer.set_modules_to_backward_prefetch(layers[max(0, i - settings.prefetch) : i][::-1])
     for name in ("score", "decode"):
         register_fsdp_forward_method(model, name)
+
+
+def moved(tensor, device):
+    """A CPU tensor on the device; the copy to a GPU goes in the order of its stream, and nothing waits for it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def wrap_layers(model, checkpointing, compiled):
@@ -110,8 +133,12 @@ def wrapped(model, plain, fast, checkpointing):
 
 def keep_products(ctx, op, *args, **kwargs):
     """Of a layer, the results of matrix products and of attention are kept; what lies between is cheap to make again."""
+    return CheckpointPolicy.MUST_SAVE if is_product(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_product(op):
     name = op._schema.name.rpartition("::")[2]
-    return CheckpointPolicy.MUST_SAVE if name in PRODUCTS or "attention" in name or "attn" in name else CheckpointPolicy.PREFER_RECOMPUTE
+    return name in PRODUCTS or "attention" in name or "attn" in name
 
 
 def on_host():

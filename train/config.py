@@ -144,14 +144,18 @@ class Model:
     """Random weights of the model's shape instead of its trained ones."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What layers compute in; master weights, log-probs and reductions stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
-    attn_implementation: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's kernel for 16-bit GPUs; auto: varlen, else sdpa."""
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
+    """Attention over packed rows. sdpa: torch's, row by row, anywhere; varlen: torch's for 16-bit GPUs; auto: the fastest that is there."""
     logprobs: Literal["chunked", "eager"] = "chunked"
     """How log-probs leave the head. chunked: never more than a slice of (tokens x vocabulary) in memory; eager: plain autograd."""
     kernels: list[Literal["rms_norm", "swiglu", "rope"]] = field(default_factory=list)
     """Operations of a decoder layer that Liger's kernels take over, on a GPU; what was swapped is printed."""
     compile: bool = False
     """Compile each decoder layer with torch.compile: faster steps after a minute or so of compiling."""
+    cuda_graphs: bool = False
+    """Record a micro-batch's GPU work once for each shape and replay it; where weights stay whole (fsdp.reshard_after_forward)."""
+    float8: Literal["tensorwise", "rowwise"] | None = None
+    """8-bit products of decoder layers, by torchao, for 1B weights and more; scales are of what is computed at once. Best compiled."""
     quantization: Literal["nf4"] | None = None
     """nf4 (QLoRA): linear layers are kept in 4 bits with double quantization, by bitsandbytes, and sharded so; needs `lora.r`."""
 
@@ -355,14 +359,14 @@ class Rollout:
 class Fsdp:
     replicas: int = 1
     """Groups of ranks that each hold a whole sharded model (HSDP when above 1)."""
-    reshard_after_forward: bool = True
-    """Free gathered weights between forward and backward; false: faster, more memory."""
+    reshard_after_forward: bool | Literal["auto"] = "auto"
+    """Gather weights anew for each pass; false: once a step, and keep them and gradients whole. auto: false on GPUs where they fit."""
     prefetch: int = 0
     """Layers whose weights are asked for ahead of the one that computes; 0: torch's own order, one ahead in the backward pass."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """What gradients travel and are summed over ranks in; they are kept in float32."""
-    activation_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
-    """What a layer keeps for the backward pass. selective: its products; full: its input; offload: its input, in the host's memory."""
+    activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = "none"
+    """What layers keep to go backward. selective: products; full: their input; offload: that, on the host; auto: the first that fits."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the job."""
 
@@ -480,11 +484,21 @@ class Config:
         own = self.model.compile and self.fsdp.activation_checkpointing == "selective"
         cure = "none, full or offload where model.compile is on, which chooses by itself what a layer keeps"
         require(not own, "fsdp.activation_checkpointing", "selective", cure)
+        if self.model.cuda_graphs:
+            cure = "false or auto with model.cuda_graphs, which replays what lies at the same addresses"
+            require(self.fsdp.reshard_after_forward is not True, "fsdp.reshard_after_forward", True, cure)
+            kept = self.fsdp.activation_checkpointing
+            require(kept != "offload", "fsdp.activation_checkpointing", kept, "none, selective or full with model.cuda_graphs")
+            name = self.model.attn_implementation
+            cure = "auto, varlen or flash_attention_2 to 4 with model.cuda_graphs: the others are made anew for each micro-batch"
+            require(name not in ("sdpa", "flex"), "model.attn_implementation", name, cure)
+            require(self.model.quantization is None, "model.quantization", self.model.quantization, "null with model.cuda_graphs")
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")
 
     def check_lora(self):
+        require(not (self.lora.r and self.model.float8), "model.float8", self.model.float8, "null where lora.r is set")
         for name, value in asdict(self.lora).items():
             used = self.lora.r or value == getattr(Lora(), name)
             require(used, f"lora.{name}", value, "nothing while lora.r is null; set lora.r")
@@ -607,7 +621,8 @@ def read_options(argv, known) -> list[tuple[str, str]]:
             names = [*(key for key in known if is_setting(key, known)), "config", *FLAGS]
             raise Refused(f"unknown option --{name}; {nearest(name, names, '--')}")
         if name in FLAGS and value is not None and not re.fullmatch(FLAGS[name], value):
-            raise Refused(f"--{name}: got {value!r}, expected nothing{' or ranks, as in --dry_run=64' if name == 'dry_run' else ''}")
+            more = ", or ranks, as in --dry_run=64 or --dry_run=64xcuda" if name == "dry_run" else ""
+            raise Refused(f"--{name}: got {value!r}, expected nothing{more}")
         if name not in FLAGS and value is None:
             value = next(tokens, "--")
             if value.startswith("--"):

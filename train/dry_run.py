@@ -6,18 +6,22 @@ No weights are read and no ranks are started.
 
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig
 
-from models import load, logprobs, sharding
+from models import load, logprobs, replica, sharding
 from models.attention import Rows
-from train import batches, data, optim, rollouts, toy
+from train import batches, data, optim, rewards, rollouts, toy
 
 SAMPLE = 1000  # rows of data.train that are tokenised
+ROOM = 0.9  # of a GPU's memory, for tensors; the rest is CUDA's, and what lies between them
 NF4 = 0.5, (1 + 4 / 256) / 64  # bytes of a weight: sharded, and whole on every rank
 
 
@@ -30,6 +34,7 @@ class Memory(NamedTuple):
     activations: float
     head: float
     gathered: float  # layers that are whole for a moment, and their gradients
+    replica: float  # the whole model beside the shards, and where these are not the gradients themselves, the sums of its gradients
     rollouts: float
     peak: float
 
@@ -47,6 +52,9 @@ def show(cfg, algorithm, ranks, device):
 
 def describe(cfg, algorithm, ranks, device):
     """Lines of text, one after another as they become known. ValueError: what would end the run at its start."""
+    sharding.check_ranks(cfg.fsdp.replicas, ranks)
+    for words in cfg.grpo.reward_funcs if algorithm.ROWS == "prompts" else ():
+        rewards.parse(words)
     shape, tokenizer = model_config(cfg.model), tokenizer_of(cfg.model)
     parts = {"train": sample(cfg, "train", algorithm, tokenizer), "eval": sample(cfg, "eval", algorithm, tokenizer)}
     for part, samples in parts.items():
@@ -56,16 +64,17 @@ def describe(cfg, algorithm, ranks, device):
                 yield data.show(rows, tokenizer)
     model, samples = outline(cfg, shape, device), parts["train"]
     load.check_vocabulary(model, max(rows.report["max_token_id"] for rows in samples))
-    if cfg.fsdp.activation_checkpointing != "none":
-        yield f"activations are counted as without fsdp.activation_checkpointing; {cfg.fsdp.activation_checkpointing} keeps fewer of them"
     counts, steps, tokens, share = extent(cfg, algorithm, samples)
     parts = math.ceil(tokens / steps / ranks / cfg.train.micro_batch_tokens)
-    found = memory(cfg, model, ranks, round(cfg.train.micro_batch_tokens * share), parts > 1, longest(cfg, samples))
+    more = ranks, round(cfg.train.micro_batch_tokens * share), parts > 1, longest(cfg, samples)
+    cfg = with_checkpointing(cfg, model, *more)
+    found = memory(cfg, model, *more)
     everything, trained = count(model.parameters()), count(p for p in model.parameters() if p.requires_grad)
     kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
     yield f"model: {kind}, {everything:,} parameters, {trained:,} of them trained, {dtype}, {ranks} x {device}"
     parts_of_it = ", ".join(f"{name} {in_words(value)}" for name, value in found._asdict().items() if value)
-    yield f"memory of a rank, its tensors alone, with {cfg.train.micro_batch_tokens} tokens at once: {parts_of_it}"
+    how = f"{cfg.train.micro_batch_tokens} tokens at once, activation checkpointing {cfg.fsdp.activation_checkpointing}"
+    yield f"memory of a rank, its tensors alone, with {how}: {parts_of_it}"
     size = cfg.train.global_batch_size
     if len(counts) > 1:
         shares = zip(data.sources_of(cfg.data, "train"), counts)
@@ -148,6 +157,31 @@ def outline(cfg, shape, device):
     return model.train()
 
 
+def fitted(cfg, rows, algorithm, ranks):
+    """The config of a run, with activation checkpointing by name where it was `auto`; rows: all that are trained on."""
+    answer = cfg.grpo.max_completion_length if algorithm.ROWS == "prompts" else 0
+    share = answer / (answer + int(rows.lengths.max())) or rows.per_token.get("score_mask", rows.loss_mask).float().mean().item()
+    model = outline(cfg, model_config(cfg.model), "cuda" if torch.cuda.is_available() else "cpu")
+    return with_checkpointing(cfg, model, ranks, round(cfg.train.micro_batch_tokens * share), True, int(rows.lengths.max()) + answer)
+
+
+def with_checkpointing(cfg, model, *more):
+    """`cfg` with the first kind of activation checkpointing under which `memory` fits into a GPU, if it has `auto`; none on a CPU."""
+    if cfg.fsdp.activation_checkpointing != "auto":
+        return cfg
+    kinds = ["none", "selective", "full", "offload"] if model.config._attn_implementation == "counted_cuda" else ["none"]
+    taken, room = math.inf, ROOM * sharding.card(None)
+    for kind in kinds:
+        chosen = replace(cfg.fsdp, activation_checkpointing=kind)
+        if (kind == "selective" and cfg.model.compile) or (kind == "offload" and cfg.model.cuda_graphs):
+            continue
+        taken = memory(replace(cfg, fsdp=chosen), model, *more).peak
+        if taken <= room or len(kinds) == 1:
+            return replace(cfg, fsdp=chosen)
+    cure = "lower train.micro_batch_tokens, take more GPUs, or adapters (lora.r)"
+    raise ValueError(f"fsdp.activation_checkpointing: auto: even {kind} needs {in_words(taken)} of {in_words(room)}; {cure}")
+
+
 def memory(cfg, model, ranks, targets, accumulates, row_length=0):
     """What one rank needs for `targets` scored tokens of a full micro-batch; accumulates: a step has more than one micro-batch."""
     c, shards = model.dtype.itemsize, ranks // cfg.fsdp.replicas
@@ -173,22 +207,36 @@ def memory(cfg, model, ranks, targets, accumulates, row_length=0):
         weights *= 1 if cfg.lora.r else 2  # the live reference
     tied, root = sharding.is_tied(model), [p for p in model.parameters() if id(p) not in inside]
     open_ = [p for p in root if tied or p is not model.get_input_embeddings().weight]  # whole until the backward pass ends
-    open_ += [] if cfg.fsdp.reshard_after_forward else [p for layer in layers for p in layer.parameters()]
-    activations = kept_by_autograd(model, cfg.train.micro_batch_tokens, targets)
+    device = model.config._attn_implementation.removeprefix("counted_")
+    copied = replica.wanted(cfg.model, cfg.fsdp, model, device, sharding.card(None))
+    open_ += [] if cfg.fsdp.reshard_after_forward or copied else [p for layer in layers for p in layer.parameters()]
+    activations, again = kept_by_autograd(model, cfg.train.micro_batch_tokens, targets, cfg.fsdp.activation_checkpointing)
     biggest = max(layers, key=lambda layer: count(layer.parameters()))
-    reducing = c + 4 + 4 / shards  # a gradient as it comes, the buffer that is reduced, this rank's part of the sum
+    reducing = 4 if copied else c + 4 + 4 / shards  # a gradient as it comes, the buffer that is reduced, this rank's part of the sum
     unpacked = c * max((p.numel() for p in biggest.parameters() if packed(p)), default=0)
     layer = whole(biggest.parameters()) * (2 if ranks > 1 else 1) + reducing * trained(biggest.parameters()) + unpacked
     layer += c * trained(head.parameters()) * tied  # a tied head's gradient waits for the embedding's
-    piece = min(targets, max(1, logprobs.SLICE // head.weight.shape[0])) * head.weight.shape[0]
-    learned = trained(head.parameters())
-    scoring = max(8 * piece, (4 + c % 4) * piece + reducing * learned) if cfg.model.logprobs == "chunked" else reducing * learned
+    scoring = reducing * trained(head.parameters())
+    if cfg.model.logprobs == "chunked":
+        cuda, kept = model.config._attn_implementation == "counted_cuda", keeps_table(model, targets)
+        piece = min(targets * head.weight.shape[0], logprobs.SLICE["cuda" if cuda else "cpu"])  # of the table of tokens x vocabulary
+        slope = 0 if kept else (4 + (c if cuda else c % 4)) * piece
+        activations += c * targets * head.weight.shape[0] * kept
+        scoring = max((4 if cuda else 8) * piece, slope + scoring)
     ending = whole(root) - whole(p for p in root if any(p is o for o in open_)) + (reducing + c * tied) * trained(root)
     earlier = gradients if accumulates else 0
-    moments = [earlier + activations + scoring, earlier + activations + layer, gradients + ending]
+    moments = [earlier + activations + scoring, earlier + activations + again + layer, gradients + ending]
+    beside = 0
+    if copied:
+        alone = ranks == 1
+        beside = sum(c * p.numel() for p in model.parameters() if p.requires_grad or not alone)
+        beside += gradients if alone else 4 * trained(model.parameters())
+        layer, open_ = c * max(p.numel() for p in biggest.parameters()) + c * trained(head.parameters()) * tied, []
+        moments = [activations + scoring, activations + again + layer, 0 if alone else gradients]
     sampling = sampled(cfg, model, whole(model.parameters()), ranks, row_length) if cfg.algorithm == "grpo" else 0
-    peak = weights + optimizer + max(whole(open_) + max(moments), sampling)
-    return Memory(weights, gradients, optimizer, activations, scoring, whole(open_) + layer, sampling, peak)
+    peak = weights + optimizer + beside + max(whole(open_) + max(moments), sampling)
+    beside -= gradients * (copied and ranks == 1)  # which are named as such
+    return Memory(weights, gradients, optimizer, activations, scoring, whole(open_) + layer, beside, sampling, peak)
 
 
 def sampled(cfg, model, whole, ranks, row_length):
@@ -202,29 +250,79 @@ def sampled(cfg, model, whole, ranks, row_length):
     return whole + at_once * (row_length * token + 12 * shape.vocab_size)  # float32 logits, their order and their sums
 
 
-def kept_by_autograd(model, tokens, targets):
-    """Bytes that a forward pass over `tokens` tokens keeps for the backward pass, each storage once; weights not counted."""
+def keeps_table(model, targets):
+    """Whether the head's table of tokens x vocabulary waits for the backward pass."""
+    head, device = model.lm_head, torch.device(model.config._attn_implementation.removeprefix("counted_"))
+    return logprobs.keeps(targets, head.weight, (1.0, head.softcap, 1.0), (), device)
+
+
+def kept_by_autograd(model, tokens, targets, checkpointing):
+    """Bytes that a forward pass over `tokens` tokens keeps for the backward pass, and those that one layer makes again there.
+
+    Each storage counts once, and weights not at all. checkpointing: as in the config's `fsdp` block.
+    """
     weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept = {}
+    layers, kept, inputs, products = sharding.decoder_layers(model), {}, {}, Products()
 
     def keep(t):
         storage = t.untyped_storage()
-        kept[storage._cdata] = storage  # held, or another could have its number
+        kept.setdefault(storage._cdata, (storage, products.layer))  # held, or another could have its number
         return t
 
+    def enter(layer, args, kwargs):
+        products.layer, hidden = id(layer), args[0].untyped_storage()
+        inputs[hidden._cdata] = hidden
+
+    def leave(*_):
+        products.layer = None
+
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
     ids, places = torch.zeros(1, tokens, dtype=torch.long, device="meta"), torch.zeros(targets, dtype=torch.long, device="meta")
     rows = Rows([tokens]).to("meta")
     keys = torch.zeros(tokens, dtype=torch.long, device="meta")
-    with saved_tensors_hooks(keep, lambda t: t):
+    with saved_tensors_hooks(keep, lambda t: t), products:
         try:
-            out = model.score(ids, ids, places, places, rows, ("entropy",), 1.0, keys)["logps"]
+            model.score(ids, ids, places, places, rows, ("entropy",), 1.0, keys)
         except (RuntimeError, NotImplementedError) as e:
             raise ValueError(
                 f"--dry_run: {type(model).__name__} chooses its work by its data (experts?), so its activations cannot be counted: {e}"
             ) from e
-    ctx = out.grad_fn
-    p = getattr(ctx, "p", None)  # a head of one slice keeps its probabilities
-    return sum(s.nbytes() for s in kept.values() if s._cdata not in weights) + (p.nbytes if p is not None else 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    sizes = Counter({None: 0})
+    for number, (storage, layer) in kept.items():
+        sizes[layer] += storage.nbytes() * (number not in weights)
+    outside, again = sizes.pop(None), max(sizes.values())
+    if checkpointing == "none":
+        return outside + sum(sizes.values()), 0
+    if checkpointing == "offload":
+        return outside, again
+    outside += sum(storage.nbytes() for storage in inputs.values())
+    more = products.bytes if checkpointing == "selective" else 0
+    return outside + more, again - more / len(layers)
+
+
+class Products(TorchDispatchMode):
+    """Counts the bytes of what selective checkpointing keeps, while `layer` is one."""
+
+    layer, bytes = None, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if self.layer and sharding.is_product(op):
+            self.bytes += sum(t.nbytes for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+def shapes_of_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of attention by shape: (1, heads, N, D) and one float32 number a token and head."""
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+attended = torch.library.custom_op("baretune::counted_attention", shapes_of_attention, mutates_args=())
+attended.register_fake(shapes_of_attention)
 
 
 class Counted(torch.autograd.Function):
@@ -232,8 +330,8 @@ class Counted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device="meta")  # (1, heads, N, D)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device="meta"))
+        out, sums = attended(q, k, v)
+        ctx.save_for_backward(q, k, v, out, sums)
         return out
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from models.generate import greedy
 from models.logprobs import token_logps
+from models.sharding import moved
 from train import peers
 
 
@@ -112,15 +113,18 @@ def total_counts(algorithm, micro_batches, stopping, work=None):
 
 def accumulate(model, algorithm, settings, micro_batches, totals, device, backward):
     """This rank's share of the step's loss and metrics (0-d tensors), and of its gradients where `backward`."""
-    ranks, sums = dist.get_world_size(), {}
+    replica, sums = getattr(model, "replica", None), {}
+    if replica:
+        replica.begin(model.training)
+    scale = 1 if replica else dist.get_world_size()  # FSDP averages over ranks what must be summed
     for batch in micro_batches:
         weight = weight_of(batch)
         try:
-            scored = token_logps(model, batch, algorithm.byproducts(settings))
-            on_device = {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+            scored = token_logps(replica.twin if replica else model, batch, algorithm.byproducts(settings))
+            on_device = {name: moved(t, device) for name, t in batch.items()}
             loss, metrics = algorithm.loss(scored.pop("logps"), on_device | scored, totals, settings)
             if backward:
-                (loss * (weight * ranks)).backward()  # FSDP averages over ranks what must be summed
+                (loss * (weight * scale)).backward()
         except torch.OutOfMemoryError as e:
             lengths = batch["attention_mask"].sum(-1)
             what = f"a micro-batch of {len(lengths)} rows, {int(lengths.sum())} tokens, the longest row of {int(lengths.max())}"
@@ -129,6 +133,8 @@ def accumulate(model, algorithm, settings, micro_batches, totals, device, backwa
             ) from e
         for name, value in ({"loss": loss} | metrics).items():
             sums[name] = sums.get(name, 0) + weight * torch.as_tensor(value, device=device).detach().double()
+    if replica and backward:
+        replica.end()
     return sums
 
 
@@ -153,18 +159,22 @@ def speeds(totals, seconds, waited, device, peak):
         speed |= {"mfu": totals["flops"] / share, "mfu_noncausal": totals["flops_noncausal"] / share}
     if device.type == "cuda":
         speed["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        speed["reserved_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
     return speed
 
 
 def answer(model, tokenizer, rows, cfg):
     """Answer the first `cfg.generate` prompts of held-out `rows` greedily. Returns ({"exact_match": fraction}, rank 0's samples).
 
-    A row's prompt is what stands before its first trained token, its reference the trained text.
+    A row's prompt is what stands before its first trained token, its reference the trained text; an answer labelled bad is none.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     prompts, samples = [], []
-    for i in range(min(cfg.generate, len(rows)))[rank::ranks]:
-        ids, mask = rows.row(i * rows.rows_per_example)  # (T,), (T,); of a pair the chosen row
+    firsts = torch.arange(0, len(rows) * rows.rows_per_example, rows.rows_per_example)  # of a pair the chosen row
+    if "desirable" in rows.columns:
+        firsts = firsts[rows.columns["desirable"][firsts].bool()]
+    for i in firsts[: cfg.generate][rank::ranks].tolist():
+        ids, mask = rows.row(i)  # (T,), (T,)
         start = int(mask.int().argmax())
         prompts.append(ids[:start].tolist())
         reference = tokenizer.decode(ids[mask], skip_special_tokens=True).strip()
@@ -179,7 +189,7 @@ def answer(model, tokenizer, rows, cfg):
         sample["match"] = compared(sample["answer"], cfg.answer_pattern) == wanted
     score = torch.tensor([sum(s["match"] for s in samples), len(samples)], dtype=torch.float64)
     dist.all_reduce(score)
-    return {"exact_match": float(score[0] / score[1])}, samples
+    return {"exact_match": float(score[0] / score[1])} if score[1] else {}, samples
 
 
 def compared(text, pattern):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from sft_vs_trl import OURS, ROOT, UNCHECKED, VOCABULARY, WARM_UP, make_clock, make_model, run
 
-BATCH = 8  # TRL's default per_device_train_batch_size
 LENGTHS = (50, 400)  # tokens of prompt and one answer
 RATE = 1e-4  # above the defaults of both, for losses that move
 SETTINGS = {"dpo": {}, "simpo": {"beta": 2.0, "simpo_gamma": 1.0}, "kto": {}, "orpo": {}}
@@ -79,7 +78,7 @@ def trl_side(job):
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     Counted(model, args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[clock]).train()
     result = {"losses": [entry["loss"] for entry in clock.logs], "tokens": tokens, "seconds": clock.seconds()}
-    result["device_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    result["device_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else None
     Path(job["result"]).write_text(json.dumps(result))
 
 
@@ -94,7 +93,7 @@ def measure(side, job):
         host_gib = run([__file__, "--job", json.dumps(job)], folder / "output.txt")
         out = json.loads(Path(job["result"]).read_text())
     else:
-        train = {"global_batch_size": BATCH, "max_steps": job["steps"], "learning_rate": RATE}
+        train = {"global_batch_size": job["batch"], "max_steps": job["steps"], "learning_rate": RATE}
         recipe = {"algorithm": job["algorithm"], "output_dir": job["output_dir"], "model": {"model_name_or_path": job["model"]}}
         recipe |= {"data": {"train": job["data"]}, "log": {"report_to": []}, job["algorithm"]: SETTINGS[job["algorithm"]]}
         recipe["train"] = train | OURS["cuda" if torch.cuda.is_available() else "cpu"].get("train", {})
@@ -103,12 +102,12 @@ def measure(side, job):
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         totals = [line["num_tokens"] for line in lines]
         out = {"losses": [line["loss"] for line in lines], "tokens": [b - a for a, b in zip((0, *totals), totals)]}
-        out |= {"seconds": [line["step_time"] for line in lines], "device_gib": lines[-1].get("peak_memory_gib")}
+        out |= {"seconds": [line["step_time"] for line in lines], "device_gib": lines[-1].get("reserved_memory_gib")}
         passes = re.findall(r"examples in ([\d.]+) s", (folder / "output.txt").read_text())
         assert len(passes) == (job["algorithm"] in ("dpo", "kto")), passes
         reference = sum(map(float, passes)) / job["steps"]
     shutil.rmtree(folder)
-    out["speed"] = BATCH / (statistics.median(out["seconds"][WARM_UP:]) + reference)
+    out["speed"] = job["batch"] / (statistics.median(out["seconds"][WARM_UP:]) + reference)
     return out | {"gib": out["device_gib"] or host_gib}
 
 
@@ -127,13 +126,14 @@ def compare(algorithm, options, work):
     """One row of the table: medians of both sides, whose processes take turns."""
     from train.batches import examples_of
 
-    count = options.steps * BATCH
+    count = options.steps * options.batch
     rows, order = make_examples(count, algorithm == "kto"), examples_of(1, count, count, seed=42)
     data = {side: f"{work}/{algorithm}-{side}.jsonl" for side in ("ours", "trl")}
     write(data["ours"], rows)
     write(data["trl"], [rows[i] for i in order] if algorithm == "kto" else rows)  # TRL's KTO keeps the file's order
-    settings = SETTINGS[algorithm] | (UNCHECKED if options.no_checkpointing else {})
+    settings = SETTINGS[algorithm] | {"per_device_train_batch_size": options.batch} | (UNCHECKED if options.no_checkpointing else {})
     job = {"algorithm": algorithm, "model": f"{work}/model", "data": data, "steps": options.steps, "settings": settings}
+    job["batch"] = options.batch
     runs = {side: [] for side in data}
     for _ in range(options.repeats):
         for side, done in runs.items():
@@ -148,6 +148,8 @@ def compare(algorithm, options, work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", default="dpo,simpo,kto,orpo")
+    parser.add_argument("--smollm2", action="store_true", help="the shape of SmolLM2-135M, with random weights")
+    parser.add_argument("--batch", type=int, default=8, help="examples of a step; 8 is TRL's default")
     parser.add_argument("--steps", type=int, default=6, help=f"steps of a process; the first {WARM_UP} are left out")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
     parser.add_argument("--no-checkpointing", action="store_true", help="take gradient checkpointing, a default, from TRL")
@@ -156,7 +158,7 @@ def main():
     if options.job:
         return trl_side(options.job)
     with tempfile.TemporaryDirectory() as work:
-        make_model(f"{work}/model", layers=4)
+        make_model(f"{work}/model", layers=4, smollm2=options.smollm2)
         rows = [compare(algorithm, options, work) for algorithm in options.algorithms.split(",")]
     print("\n| | ours, examples/s | TRL | ours, peak GiB | TRL | speed | memory |\n|---|---|---|---|---|---|---|", *rows, sep="\n")
 

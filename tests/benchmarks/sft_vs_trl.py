@@ -5,7 +5,7 @@ its defaults, packed (each of the `packings` is tried once, and the fastest is t
 checkpointing, which wastes little on a CPU either. No ratio is printed before ours and TRL's defaults agree in every step's loss.
 
 A step's tokens are those that are not padding, its time is the whole step, data included; the first steps are left out. Memory
-is the peak of the training process: VmHWM on a CPU, what torch allocated on a GPU. TRL saves nothing, ours all that it writes.
+is the peak of the training process: VmHWM on a CPU, what torch took of a GPU. TRL saves nothing, ours all that it writes.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[2]
 sys.path.insert(0, str(ROOT))
 CORES = len(os.sched_getaffinity(0))
 WARM_UP = 2  # first steps that no number counts
@@ -35,8 +36,11 @@ UNCHECKED = {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {
 ROW_BY_ROW = UNCHECKED | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
 
 
-def make_model(folder, layers=8):
-    """A Llama of random weights, 8 million in 8 layers, a quarter of them the tied head, as in SmolLM2-135M; its tokens are words."""
+def make_model(folder, layers=8, smollm2=False):
+    """A Llama of random weights, 8 million in 8 layers, a quarter of them the tied head, as in SmolLM2-135M, or of that model's own shape.
+
+    Its tokens are words.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -52,6 +56,9 @@ def make_model(folder, layers=8):
     torch.manual_seed(0)
     shape = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    if smollm2:
+        shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        heads |= {"num_attention_heads": 9, "num_key_value_heads": 3}
     ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 2}
     LlamaForCausalLM(LlamaConfig(**shape, **heads, **ids, tie_word_embeddings=True)).save_pretrained(folder)
 
@@ -100,6 +107,7 @@ def make_clock():
 def trl_side(job):
     """Train with TRL in this process, as `job` says; writes its numbers to job["result"]."""
     import datasets
+    import peft
     import torch
     from trl import SFTConfig, SFTTrainer
 
@@ -108,10 +116,11 @@ def trl_side(job):
     common = {"output_dir": job["output_dir"], "max_steps": job["steps"], "use_cpu": not cuda, "bf16": cuda}
     config = SFTConfig(**quiet, **common, **job["settings"])
     rows = datasets.Dataset.from_json(job["data"], cache_dir=job["output_dir"])
-    SFTTrainer(job["model"], config, train_dataset=rows, callbacks=[clock]).train()
+    adapters = peft.LoraConfig(**job["adapters"]) if "adapters" in job else None
+    SFTTrainer(job["model"], config, train_dataset=rows, callbacks=[clock], peft_config=adapters).train()
     losses, totals = ([entry[name] for entry in clock.logs] for name in ("loss", "num_tokens"))
     result = {"losses": losses, "tokens": [b - a for a, b in zip((0, *totals), totals)], "seconds": clock.seconds()}
-    result["device_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    result["device_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else None
     Path(job["result"]).write_text(json.dumps(result))
 
 
@@ -124,14 +133,17 @@ def measure(side, settings, options, steps):
         (folder / "recipe.yaml").write_text(json.dumps(recipe(job, settings)))
         command = [str(ROOT / "launch/train.py"), "--config", str(folder / "recipe.yaml")]
     else:
-        command = [__file__, "--side", "trl", "--job", json.dumps(job | {"settings": settings})]
+        settings = dict(settings)
+        adapters = {"adapters": settings.pop("adapters")} if "adapters" in settings else {}
+        command = [str(HERE), "--side", "trl", "--job", json.dumps(job | adapters | {"settings": settings})]
     host_gib = run(command, folder / "output.txt")
     if side == "ours":
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         totals = [line["num_tokens"] for line in lines]
         out = {"losses": [line["loss"] for line in lines], "seconds": [line["step_time"] for line in lines]}
         out["tokens"] = [b - a for a, b in zip((0, *totals), totals)]
-        out["device_gib"] = lines[-1].get("peak_memory_gib")
+        out["mfu"] = statistics.median(line.get("mfu", 0) for line in lines[WARM_UP:])
+        out["device_gib"] = lines[-1].get("reserved_memory_gib")
     else:
         out = json.loads(result.read_text())
     shutil.rmtree(folder)
@@ -184,7 +196,7 @@ def packings():
 
 def check_curves(runs, tolerance):
     """Refuse to compare runs that do not train alike: tokens of each step equal, losses equal to `tolerance`."""
-    ours, theirs = runs["ours"][0], runs["trl"][0]
+    ours, theirs = runs["ours"][0], (runs.get("trl") or runs["rows"])[0]
     if ours["tokens"] != theirs["tokens"]:
         raise SystemExit(f"the steps differ: tokens {ours['tokens']} (ours), {theirs['tokens']} (TRL)")
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours["losses"], theirs["losses"]))
@@ -215,9 +227,9 @@ def compare(options, device):
     best = max(tried, key=lambda name: tried[name]["best"]) if tried else next(iter(candidates))
     names = {"ours": "ours", "trl": "TRL, its defaults", "packed": f"TRL, {best}", "rows": "TRL, one row at once"}
     settings = {"ours": OURS[device], "trl": {}, "packed": candidates[best], "rows": ROW_BY_ROW}
-    runs = {side: [] for side in names}
+    runs = {side: [] for side in names if side not in options.without}
     for _ in range(options.repeats):
-        for side in names:
+        for side in runs:
             runs[side].append(measure(side, settings[side], options, options.steps))
             print(f"{names[side]}: {runs[side][-1]['speed']:.1f} tokens/s, {runs[side][-1]['gib']:.3f} GiB", flush=True)
     check_curves(runs, 1e-4 if device == "cpu" else 1e-2)
@@ -229,6 +241,8 @@ def main():
     parser.add_argument("--steps", type=int, default=16, help=f"steps of a process; the first {WARM_UP} are left out")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
     parser.add_argument("--trial-steps", type=int, default=6, help="steps of each try at packing; 0: take the first")
+    parser.add_argument("--smollm2", action="store_true", help="the shape of SmolLM2-135M, with random weights")
+    parser.add_argument("--without", nargs="+", choices=["trl", "packed"], default=[], help="sides to leave out")
     parser.add_argument("--model", help="folder or hub name; default: a Llama of 8 million random weights")
     parser.add_argument("--data", help=".jsonl, rows of at most 1024 tokens; default: conversations of 50 to 800 random words")
     parser.add_argument("--side", choices=["trl"], help=argparse.SUPPRESS)
@@ -244,7 +258,7 @@ def main():
             make_rows(options.data, options.steps * ROWS_PER_STEP)
         if not options.model:
             options.model = f"{options.work}/model"
-            make_model(options.model)
+            make_model(options.model, smollm2=options.smollm2)
         compare(options, "cuda" if torch.cuda.is_available() else "cpu")
 
 

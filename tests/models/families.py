@@ -33,9 +33,9 @@ FAMILIES = {
 }
 
 
-def write(name, folder):
+def write(name, folder, **changes):
     """Save a random float32 model of the family to `folder`; returns its config."""
-    settings = COMMON | FAMILIES[name]
+    settings = COMMON | FAMILIES[name] | changes
     config = AutoConfig.for_model(settings.pop("model_type", name), **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

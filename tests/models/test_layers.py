@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from test_logprobs import rows
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import attention, dropout, generate, load, logprobs, lora, sharding
+from models import attention, dropout, generate, load, logprobs, lora, replica, sharding
 from train import toy
 from train.config import Config, Data, Fsdp, Lora, Model
 
@@ -26,10 +28,12 @@ LENGTHS = ([9, 3, 14, 6, 1], [5, 20, 3], [11, 3], [2, 3], [12, 9, 33, 1, 1, 1])
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def ours(folder, checkpointing="none", adapters=None, **settings):
+def ours(folder, checkpointing="none", adapters=None, weights="sharded", **settings):
+    """weights: sharded, whole (a replica), or recorded (a replica's CUDA graphs)."""
     device = sharding.start_ranks(60)
-    fsdp = Fsdp(activation_checkpointing=checkpointing)
-    model = load.build(Model(str(folder), **{"dtype": "float32"} | settings), folder, fsdp, device, seed=0, adapters=adapters)
+    fsdp = Fsdp(activation_checkpointing=checkpointing, reshard_after_forward=weights == "sharded")
+    known = Model(str(folder), **{"dtype": "float32", "cuda_graphs": weights == "recorded"} | settings)
+    model = load.build(known, folder, fsdp, device, seed=0, adapters=adapters, budget=512)
     stream = torch.Generator().manual_seed(1)
     for p in lora.trained(model).values() if adapters else ():
         p.data.to_local().copy_(0.1 * torch.randn(p.shape, generator=stream))
@@ -40,8 +44,12 @@ def step(model, lengths=LENGTHS[0]):
     """Log-probs and the gradient of all that is trained, under an upstream gradient that differs from token to token."""
     model.zero_grad()
     batch = rows(lengths) | {"row_keys": dropout.row_keys(42, 5, torch.arange(len(lengths)))}
-    out = logprobs.token_logps(model, batch)["logps"]
+    if model.replica:
+        model.replica.begin(training=True)
+    out = logprobs.token_logps(model.replica.twin if model.replica else model, batch)["logps"]
     (out * torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out)).sum().backward()
+    if model.replica:
+        model.replica.end()
     return out.detach().cpu(), torch.cat([sharding.whole(p.grad).flatten().cpu() for p in model.parameters() if p.requires_grad])
 
 
@@ -50,61 +58,126 @@ def assert_close(got, expected, tolerance):
         assert b.norm() > 0 and (a - b).norm() <= tolerance * b.norm()
 
 
+CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else None
+RECORDS = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")  # what CUDA graphs can hold
 COMBINATIONS = [
-    (checkpointing, compiled, implementation, dtype)
+    (weights, attend, checkpointing, compiled, implementation, dtype)
+    for weights in ("sharded", "whole", "recorded")
+    for dtype in ("float32", "bfloat16")
+    for attend in ([name for name in attention.KERNELS if not attention.lacks(name, CUDA, getattr(torch, dtype))] if CUDA else ["auto"])
     for checkpointing in ("none", "selective", "full", "offload")
     for compiled in (False, True)
     for implementation in ("chunked", "eager")
-    for dtype in ("float32", "bfloat16")
     # compiling takes seconds: of what is alike, one
     if not compiled or (checkpointing, implementation, dtype) in (("none", "chunked", "float32"), ("full", "eager", "bfloat16"))
+    if weights != "recorded" or (attend in RECORDS and checkpointing != "offload")
 ]
 
 
-@pytest.mark.parametrize("checkpointing, compiled, implementation, dtype", COMBINATIONS)
-def test_every_combination_is_the_eager_step(checkpointing, compiled, implementation, dtype, tmp_path):
-    """Without compiling the same bits; on a GPU, `auto` attention is the kernel that a run there would take."""
-    write("qwen3", tmp_path)
+@pytest.mark.parametrize("weights, attend, checkpointing, compiled, implementation, dtype", COMBINATIONS)
+def test_every_combination_is_the_eager_step(weights, attend, checkpointing, compiled, implementation, dtype, tmp_path):
+    """Without compiling the same bits; on a GPU, with every attention that there is, and with recorded steps."""
+    write("qwen3", tmp_path, head_dim=64)  # which all attention can
     expected = step(ours(tmp_path, dtype=dtype, logprobs="eager", attn_implementation="sdpa"))
-    got = step(ours(tmp_path, checkpointing, dtype=dtype, logprobs=implementation, compile=compiled))
+    settings = {"dtype": dtype, "logprobs": implementation, "attn_implementation": attend}
+    model = ours(tmp_path, checkpointing, weights=weights, compile=compiled, **settings)
+    got = step(model)
     assert_close(got, expected, 1e-5 if dtype == "float32" else 2e-2)
-    if not compiled and not torch.cuda.is_available():
-        assert all(map(torch.equal, got, step(ours(tmp_path, dtype=dtype, logprobs=implementation))))
+    if not compiled and not CUDA:
+        assert all(map(torch.equal, got, step(ours(tmp_path, **settings))))
+    if weights == "recorded":
+        assert len(model.replica.twin.score.__self__.recorded) == 1
 
 
-REFUSED = [
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "family, adapters",
+    [
+        ("llama-tied", {"modules_to_save": ["embed_tokens"]}),
+        ("llama", {"modules_to_save": ["lm_head"], "lora_dropout": 0.3}),
+        ("gemma3_text", {"use_dora": True}),
+        ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    ],
+)
+def test_adapters_on_whole_weights_are_the_same(family, adapters, dtype, tmp_path):
+    """To the bit; what is frozen is not copied; in evaluation nothing is dropped."""
+    write(family, tmp_path)
+    settings = {"adapters": Lora(r=4, **adapters), "dtype": dtype, "attn_implementation": "sdpa"}
+    sharded, whole = (ours(tmp_path, weights=weights, **settings) for weights in ("sharded", "whole"))
+    assert all(map(torch.equal, step(whole), step(sharded)))
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in whole.parameters() if p.requires_grad)
+    for name, p in whole.named_parameters():
+        assert p.requires_grad != (p.to_local().data_ptr() == whole.replica.names[name].data_ptr())
+    batch = rows(LENGTHS[1]) | {"row_keys": dropout.row_keys(42, 5, torch.arange(3))}
+    whole.replica.begin(training=False)
+    with torch.no_grad():
+        scored = [logprobs.token_logps(model, batch)["logps"] for model in (whole.replica.twin, sharded.eval())]
+    assert torch.equal(*scored)
+
+
+def test_four_bits_have_no_replica(tmp_path):
+    write("llama", tmp_path)
+    assert ours(tmp_path, adapters=Lora(r=4), weights="whole", quantization="nf4").replica is None
+
+
+GRAPHS = {"cuda_graphs": True}
+REFUSED = [  # settings of `model`, of `fsdp`, and what is said
     (
         {"compile": True},
-        "selective",
+        {"activation_checkpointing": "selective"},
         r"^fsdp.activation_checkpointing: got 'selective', expected none, full or offload where model",
     ),
-    ({"compile": True, "kernels": ["rope"]}, "none", r"^model.kernels: got \['rope'\], expected nothing with model.compile"),
+    ({"compile": True, "kernels": ["rope"]}, {}, r"^model.kernels: got \['rope'\], expected nothing with model.compile"),
+    ({"attn_implementation": "varlen"}, {}, r"^model.attn_implementation: varlen needs a GPU of compute capability 8.0 or later and"),
+    ({"attn_implementation": "flex"}, {}, r"flex needs a GPU of compute capability 8.0 or later, got cpu and float32; `sdpa` runs"),
+    ({"attn_implementation": "flash_attention_2"}, {}, "flash_attention_2 needs the package flash_attn.flash_attn_interface: pip "),
+    ({"attn_implementation": "flash_attention_3"}, {}, "flash_attention_3 needs the package flash_attn_interface: "),
+    ({"attn_implementation": "flash_attention_4"}, {}, "flash_attention_4 needs the package flash_attn.cute: pip install --pre flash-"),
+    ({"float8": "rowwise"}, {}, "model.float8: rowwise needs a GPU of compute capability 8.9 or later; leave it out"),
+    ({"kernels": ["swiglu"]}, {}, "model.kernels: Liger's kernels need a GPU"),
+    (GRAPHS, {}, "^model.cuda_graphs: got true, expected false where weights do not stay whole on a GPU; there is none on a CPU"),
+    (GRAPHS, {"reshard_after_forward": False}, "^model.cuda_graphs: got true, .* there is none on a CPU"),
+    (GRAPHS, {"reshard_after_forward": True}, "^fsdp.reshard_after_forward: got True, expected false or auto with model.cuda_graphs"),
     (
-        {"attn_implementation": "varlen"},
-        "none",
-        r"^model.attn_implementation: varlen needs a GPU of compute capability 8.0 or later and",
+        GRAPHS,
+        {"activation_checkpointing": "offload"},
+        "^fsdp.activation_checkpointing: got 'offload', expected none, selective or full with",
     ),
-    ({"attn_implementation": "flex"}, "none", r"flex needs a GPU of compute capability 8.0 or later, got cpu and float32; `sdpa` runs"),
-    ({"attn_implementation": "flash_attention_2"}, "none", "flash_attention_2 needs the package flash_attn: pip install flash-attn --no-b"),
-    ({"attn_implementation": "flash_attention_3"}, "none", "flash_attention_3 needs the package flash_attn_interface: "),
-    ({"kernels": ["swiglu"]}, "none", "model.kernels: Liger's kernels need a GPU"),
+    (
+        GRAPHS | {"attn_implementation": "sdpa"},
+        {},
+        "^model.attn_implementation: got 'sdpa', expected auto, varlen or flash_attention_2 to 4",
+    ),
+    (
+        GRAPHS | {"attn_implementation": "flex"},
+        {},
+        "^model.attn_implementation: got 'flex', expected auto, varlen or flash_attention_2 to 4",
+    ),
+    (GRAPHS | {"quantization": "nf4"}, {}, "^model.quantization: got 'nf4', expected null with model.cuda_graphs"),
 ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the kernels")
-@pytest.mark.parametrize("settings, checkpointing, message", REFUSED)
-def test_every_other_combination_is_refused(settings, checkpointing, message, tmp_path):
+@pytest.mark.parametrize("settings, fsdp, message", REFUSED)
+def test_every_other_combination_is_refused(settings, fsdp, message, tmp_path):
     write("llama", tmp_path)
+    adapters = Lora(r=4) if "quantization" in settings else Lora()
     with pytest.raises(ValueError, match=message) as error:
-        config = Config("r", Model(str(tmp_path), **settings), Data("d"), fsdp=Fsdp(activation_checkpointing=checkpointing))
-        load.build(config.model, tmp_path, config.fsdp, sharding.start_ranks(60), 0)
+        config = Config("r", Model(str(tmp_path), **settings), Data("d"), fsdp=Fsdp(**fsdp), lora=adapters)
+        load.build(config.model, tmp_path, config.fsdp, sharding.start_ranks(60), 0, budget=512)
     assert "\n" not in str(error.value)
 
 
-def test_a_family_without_kernels_is_refused_by_name(tmp_path):
-    write("cohere", tmp_path)
-    with pytest.raises(ValueError, match=r"^model.kernels: no swaps are known for cohere, only for llama, mistral"):
-        ours(tmp_path, kernels=["rms_norm"])
+def test_graphs_are_refused_where_auto_attention_goes_row_by_row(tmp_path):
+    """As in float32 on any GPU: the recorded rows would be those of the first micro-batch."""
+    write("llama", tmp_path)
+    model = ours(tmp_path)
+    assert model.config._attn_implementation == "packed_sdpa"
+    asked = Model(str(tmp_path), cuda_graphs=True), Fsdp(reshard_after_forward=False), model, "cuda", 80 * 2**30
+    with pytest.raises(ValueError, match=r"^model.cuda_graphs: got true, expected false with packed_sdpa attention, all that this GPU has"):
+        replica.wanted(*asked)
+    model.config._attn_implementation = "packed_varlen"
+    assert replica.wanted(*asked)
 
 
 class Calls(TorchDispatchMode):
@@ -158,6 +231,51 @@ def test_compiled_layers_are_compiled_once(tmp_path):
     prompts = [[5, 6, 7], [9, 8]]
     assert generate.greedy(fast, toy.tokenizer("tiny"), prompts, 6) == generate.greedy(plain, toy.tokenizer("tiny"), prompts, 6)
     assert counters["stats"]["unique_graphs"] == made[-1]
+
+
+ALL = ("flash_attn_interface", "flash_attn.cute", "flash_attn.flash_attn_interface")
+
+
+@pytest.mark.parametrize(
+    "major, dtype, present, chosen",
+    [
+        (9, torch.bfloat16, ALL, "packed_fa3"),
+        (9, torch.bfloat16, ALL[1:], "packed_fa4"),
+        (10, torch.bfloat16, ALL, "packed_fa4"),
+        (10, torch.bfloat16, ALL[2:], "packed_varlen"),
+        (8, torch.bfloat16, ALL, "packed_varlen"),
+        (7, torch.bfloat16, ALL, "packed_sdpa"),
+        (9, torch.float32, ALL, "packed_sdpa"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_there(major, dtype, present, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(attention, "installed", lambda module: module in present)
+    assert attention.choose("auto", torch.device("cuda"), dtype) == chosen
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("package", ALL)
+def test_flash_is_told_what_sdpa_is_told(package, window, monkeypatch):
+    """A stand-in for the packages, which need GPUs: their arguments, by name."""
+    g, lengths, unset = torch.Generator().manual_seed(0), LENGTHS[0], None if package == "flash_attn.cute" else -1
+    q, k, v = (torch.randn(1, heads, 33, 16, generator=g) for heads in (4, 2, 2))
+    found = attention.Rows(lengths)
+
+    def stand_in(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size):
+        assert causal and max_seqlen_q == max_seqlen_k == max(lengths) and window_size == ((unset,) * 2 if window is None else (3, 0))
+        assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
+        own = attention.Rows(cu_seqlens_q.diff().tolist())
+        heads_first = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out, _ = attention.sdpa(None, *heads_first, None, rows=own, scaling=softmax_scale, sliding_window=window)
+        return (out[0], None) if package == "flash_attn.cute" else out[0]
+
+    monkeypatch.setitem(sys.modules, package, SimpleNamespace(flash_attn_varlen_func=stand_in))
+    expected, got = (
+        function(None, q, k, v, None, rows=found, scaling=0.3, sliding_window=window)[0]
+        for function in (attention.sdpa, partial(attention.flash, package))
+    )
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -54,10 +54,10 @@ def recipes(tmp_path_factory):
         AutoModelForCausalLM.from_config(shape).save_pretrained(folder / name)
     train = {"max_steps": 2, "global_batch_size": 4, "micro_batch_tokens": 512}
     known = {"data": {"train": str(folder / "rows.jsonl")}, "train": train, "log": {"report_to": []}}
-    runs = {f"{name}-{rank}": (name, rank) for name in ("small", "model") for rank in (None, 8)}
-    for name, (base, rank) in runs.items():
-        run = {"model": {"model_name_or_path": str(folder / base)}, "lora": {"r": rank}}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"output_dir": str(folder / name)} | known | run))
+    for base in ("small", "model"):
+        for kind in ("none", "selective", "full"):
+            run = {"model": {"model_name_or_path": str(folder / base)}, "fsdp": {"activation_checkpointing": kind}}
+            (folder / f"{base}-{kind}.yaml").write_text(yaml.safe_dump({"output_dir": str(folder / f"{base}-{kind}-run")} | known | run))
     return folder
 
 
@@ -67,22 +67,22 @@ def described(path, ranks=1, device="cpu", **options):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize("rank", [None])
-def test_memory_is_that_of_a_real_run(recipes, rank):
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_memory_is_that_of_a_real_run(recipes, checkpointing):
     """To 15 %, with all weights trained."""
     freed = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}  # else glibc keeps what is no longer used
-    command = [sys.executable, "-c", MEASURE, *(str(recipes / f"{name}-{rank}.yaml") for name in ("small", "model"))]
+    command = [sys.executable, "-c", MEASURE, *(str(recipes / f"{name}-{checkpointing}.yaml") for name in ("small", "model"))]
     run = subprocess.run(command, env=os.environ | freed | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
     _, measured = json.loads(run.stdout.splitlines()[-1])
-    number, unit = re.search(r"peak ([\d.]+) (GiB|MiB)", described(recipes / f"model-{rank}.yaml")).groups()
+    number, unit = re.search(r"peak ([\d.]+) (GiB|MiB)", described(recipes / f"model-{checkpointing}.yaml")).groups()
     estimate = float(number) * {"GiB": 2**30, "MiB": 2**20}[unit]
-    print(rank, estimate / measured)
+    print(checkpointing, estimate / measured)
     assert abs(estimate / measured - 1) < 0.15, (estimate, measured)
 
 
 def test_what_it_says_of_many_ranks(recipes):
     """Weights, gradients and optimizer by hand: the parameters in float32, cut by eight; under bfloat16 activations shrink."""
-    alone, eight = described(recipes / "model-None.yaml"), described(recipes / "model-None.yaml", 8, "cuda")
+    alone, eight = described(recipes / "model-none.yaml"), described(recipes / "model-none.yaml", 8, "cuda")
     count = 2 * 4096 * 384 + 4 * (4 * 384 * 384 + 3 * 384 * 1024 + 2 * 384 + 2 * 64) + 384
     assert f"{count:,} parameters, {count:,} of them trained, bfloat16, 8 x cuda" in eight
     for ranks, text in ((1, alone), (8, eight)):
@@ -95,7 +95,7 @@ def test_what_it_says_of_many_ranks(recipes):
 
 def test_grpo_keeps_caches(recipes):
     grpo = {"algorithm": "grpo", "data.train": "builtin:letters", "train.global_batch_size": 16, "grpo.max_completion_length": 100}
-    short, long = (described(recipes / "model-None.yaml", **grpo | {"grpo.max_completion_length": n}) for n in (100, 1000))
+    short, long = (described(recipes / "model-none.yaml", **grpo | {"grpo.max_completion_length": n}) for n in (100, 1000))
     rollouts = [float(re.search(r"rollouts ([\d.]+)", text)[1]) * (1 if "rollouts 0." not in text else 1024) for text in (short, long)]
     unit = 16 * 900 * 2 * 4 * 6 * 64 * 4 / 2**20  # 16 rows, 900 tokens more, keys and values of 4 layers, 6 heads, 64 numbers of 4 bytes
     assert rollouts[1] - rollouts[0] == pytest.approx(unit, rel=0.1)
