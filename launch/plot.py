@@ -12,9 +12,17 @@ from pathlib import Path
 
 SHOWN = {  # metric: what its axis is called; those that no run has are left out
     "loss": "loss",
+    "nll_loss": "nats a token",
     "reward": "reward",
+    "frac_reward_zero_std": "of prompts, share",
+    "rewards/chosen": "reward, nats",
+    "rewards/rejected": "reward, nats",
     "rewards/margins": "reward margin, nats",
     "rewards/accuracies": "pairs ranked right, share",
+    "log_odds_chosen": "log odds ratio, nats",
+    "logps/chosen": "of good answers, nats",
+    "logps/rejected": "of bad answers, nats",
+    "exact_match": "answers right, share",
     "mean_token_accuracy": "likeliest tokens, share",
     "grad_norm": "gradient norm",
     "completions/mean_length": "completion length, tokens",
@@ -68,14 +76,16 @@ def draw(runs, metrics, output):
     from matplotlib import pyplot
 
     known = {name for curves in runs.values() for name in curves}
-    if unknown := sorted(set(metrics or ()) - known):
+    if unknown := [name for name in metrics or () if not {name, f"eval/{name}"} & known]:
         raise ValueError(f"no run has {unknown[0]}; there are {', '.join(sorted(known))}")
     names = metrics or [name for name in SHOWN if {name, f"eval/{name}"} & known]
+    last = max((steps[-1] for curves in runs.values() for steps, _ in curves.values()), default=1)
     if not names:
         raise ValueError(f"{', '.join(runs)}: no step is written yet")
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)  # inches
     for axis, name in zip(axes.flat, names):
         for (run, curves), colour in zip(runs.items(), pyplot.get_cmap("tab10").colors * len(runs)):
             steps, values = curves.get(name, ((), ()))
@@ -83,15 +93,18 @@ def draw(runs, metrics, output):
             axis.plot(steps, values, color=colour, alpha=0.25 if width else 1, label=None if width else Path(run).name)
             if width:
                 axis.plot(steps, smoothed(values, width), color=colour, label=Path(run).name)
-            axis.plot(*curves.get(f"eval/{name}", ((), ())), "o", color=colour)
-        axis.set(xlabel="step", ylabel=SHOWN.get(name, name), title=name)
+            held_out = curves.get(f"eval/{name}", ((), ()))
+            axis.plot(*held_out, "o:", color=colour, label=f"{Path(run).name}, held-out" if held_out[0] else None)
+        axis.set(xlabel="step", ylabel=SHOWN.get(name, name), title=name, xlim=(-0.03 * last, 1.03 * last))
+        if SHOWN.get(name, "").endswith("share"):
+            axis.set_ylim(-0.05, 1.05)
         axis.grid(alpha=0.3)
         if name == "learning_rate":
             axis.ticklabel_format(axis="y", scilimits=(0, 0))
     for axis in axes.flat[len(names) :]:
         axis.remove()
-    axes.flat[0].legend()
-    figure.savefig(output, dpi=120)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(output, dpi=90)
     pyplot.close(figure)
 
 

@@ -24,7 +24,7 @@ from train import config, loop, toy
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTALS = dict.fromkeys(("all_tokens", "trained_tokens"), 1.0)
-TIMINGS = {*loop.speeds(TOTALS, 1.0, 1.0, torch.device("cpu"), None), "mfu", "mfu_noncausal", "peak_memory_gib"}
+TIMINGS = {*loop.speeds(TOTALS, 1.0, 1.0, torch.device("cpu"), None), "mfu", "mfu_noncausal", "peak_memory_gib", "reserved_memory_gib"}
 TIMINGS |= {"rollout_time", "rollout_tokens_per_second"}  # of metrics.jsonl, all that changes from run to run
 TINY = {
     "vocab_size": 128,
@@ -78,7 +78,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory):
-    """(form, rows) -> a .jsonl file of random letters, 5 to 60 tokens a row; form: text | completion (a conversation)."""
+    """(form, rows) -> a .jsonl file of random letters, 5 to 60 tokens a row; form: text | completion (a conversation) | pairs."""
 
     @cache
     def make(form, rows):
@@ -91,6 +91,8 @@ def data_file(tmp_path_factory):
         def row():
             if form == "text":
                 return {"text": word(4, 59)}
+            if form == "pairs":
+                return {"prompt": word(1, 20), "chosen": word(1, 30), "rejected": word(1, 30)}
             prompt, completion = [{"role": "user", "content": word(1, 20)}], [{"role": "assistant", "content": word(1, 30)}]
             return {"prompt": prompt, "completion": completion}
 

@@ -1,11 +1,17 @@
-"""MIGRATION.md, row by row, and thirty ways to get a config or a data file wrong: each ends in one line that names the cure."""
+"""MIGRATION.md, row by row, and ways to get a config, a data file or the number of ranks wrong: each ends in one line that says where,
+and names the cure."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from algorithms import sft
+from models import sharding
 from tests.conftest import ROOT
 from tests.train.test_config import OK, refusal, write  # noqa: F401  fixtures
 from train import config, dry_run
@@ -56,6 +62,14 @@ WRONG_CONFIGS = [  # lines after the five of OK, or options; what the refusal mu
     ("lora: {lora_alpha: 16}", "set lora.r"),
     ("evaluation: {steps: 10}", "set data.eval"),
     ("algorithm: ppo", "expected one of sft, dpo"),
+    ("fsdp_config: {fsdp_version: 2}", "weights are always sharded over all of torchrun's ranks"),
+    ("load_in_4bit: true", "set model.quantization to nf4"),
+    ("rlhf_beta: 0.1", "--help lists them all"),
+    ("fsdp: {replicas: 0}", "expected a number from 1 up"),
+    ("train: {lr_scheduler_type: cosin}", "did you mean cosine?"),
+    ("train: [1, 2]", "got a list, expected lines of `name: value`"),
+    ("seed: 42\nseed: 43", "set twice, first on line 6; keep one"),
+    ("model: {quantization: nf4", "not plain YAML"),
 ]
 WRONG_DATA = [  # file name, its text (None: no file), options, what the refusal must contain
     ("a.jsonl", None, "", "no such file"),
@@ -77,13 +91,41 @@ WRONG_DATA = [  # file name, its text (None: no file), options, what the refusal
         "the 100 tokens of the longest example; raise it",
     ),
     ("a.jsonl", '{"text": "ab"}\n', "--model.model_name_or_path ./nowhere", "'./nowhere' cannot be read"),
+    ("a.jsonl", '{"text": "ab"}\n', "--model.chat_template_path no.jinja", "'no.jinja' cannot be read: No such file"),
+    ("a.jsonl", '{"text": "ab"}\n', "--data.eval b.jsonl", "b.jsonl: no such file; the nearest name in . is a.jsonl"),
+    ("a.jsonl", '{"text": "ab"}\n', "--data.train nobody/nothing", "no such file or folder, and the hub dataset cannot be loaded"),
+    ("a.jsonl", '{"text": "ab"}\n', "--data.train builtin:digits", "there is builtin:letters, builtin:capitals"),
+    ("a.jsonl", "ab\ncd\n", "", "a.jsonl:1: broken JSON"),
+    ("a.jsonl", '["ab"]\n', "", 'expected a JSON object such as {"text": ...}'),
+    ("a.json", '[{"text": "ab"},]', "", "a.json:1: broken JSON"),
+    ("a.parquet", '{"text": "ab"}\n', "", "a.parquet: not a Parquet file; write it anew, or name it .jsonl"),
+    ("a.jsonl", '{"text": "ab"}\n{"text": null}\n', "", "a.jsonl:2: not a string"),
+    ("a.jsonl", '{"messages": "ab"}\n', "", "a.jsonl:1: not a list of messages"),
+    ("a.jsonl", '{"messages": ["ab"]}\n', "", "expected an object with role and content"),
+    (
+        "a.jsonl",
+        '{"instruction": "a", "output": "b"}\n',
+        "",
+        "a.jsonl:1: the columns instruction, output are alpaca's; set data.format: alpaca",
+    ),
+    ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "", "from such pairs dpo, simpo, kto and orpo learn: set algorithm"),
+    ("a.jsonl", '{"prompt": "a", "chosen": ["b"], "rejected": "c"}\n', "--algorithm dpo", "two texts, or two lists of messages"),
+    ("a.jsonl", '{"prompt": "a", "completion": "b"}\n', "--algorithm kto", "data.columns: {label: NAME} renames them"),
+    ("a.jsonl", '{"question": "a"}\n', "--algorithm grpo --grpo.reward_funcs [length]", "data.columns: {prompt: question} renames them"),
+    ("a.jsonl", '{"prompt": "a"}\n', "--algorithm grpo --grpo.reward_funcs [exact]", "did you mean exact_match?"),
+    ("a.jsonl", '{"prompt": "a"}\n', "--algorithm grpo --grpo.reward_funcs [./no.py:f]", "there is no file"),
 ]
+WRONG_RANKS = [  # torchrun's --nproc-per-node, options, what the refusal must contain
+    (2, "--fsdp.replicas 3", "fsdp.replicas: got 3, expected a divisor of the run's 2 ranks; change it, or --nproc-per-node"),
+]
+WHERE = re.compile(r"x\.yaml(:\d+)?: |[ab]\.(jsonl?|csv|parquet)(:\d+)?: |--?[a-z.]+: |[a-z]+\.[a-z_]+: |(builtin:|nobody/)\w+: ")
 
 
 @pytest.mark.parametrize(("lines", "cure"), WRONG_CONFIGS)
 def test_wrong_config(write, refusal, lines, cure):  # noqa: F811
     write(f"{OK}{lines}\n")
-    assert cure in refusal("--config", "x.yaml")
+    line = refusal("--config", "x.yaml")
+    assert cure in line and re.match(r"(--algorithm|x\.yaml:\d+|x\.yaml: )", line), line
 
 
 @pytest.mark.parametrize(("name", "text", "options", "cure"), WRONG_DATA)
@@ -96,7 +138,28 @@ def test_wrong_data(write, capsys, name, text, options, cure):  # noqa: F811
     cfg = config.parse(["--config", "x.yaml", *options.split()])
     assert dry_run.show(cfg, ALGORITHMS[cfg.algorithm], 1, "cpu") == 2
     err = capsys.readouterr().err
-    assert cure in err and err.count("\n") == 1, err
+    assert cure in err and WHERE.match(err) and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(("ranks", "options", "cure"), WRONG_RANKS)
+def test_wrong_world_size(write, capsys, ranks, options, cure):  # noqa: F811
+    """Under torchrun, before anything is read or written, and in a dry run."""
+    write(OK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), ROOT / "launch/train.py"]
+    run = subprocess.run([*torchrun, "--config", "x.yaml", *options.split()], capture_output=True, text=True)
+    said = [line for line in run.stderr.splitlines() if line.startswith("train.py: ")]
+    assert run.returncode == 1 and set(said) == {f"train.py: {cure}"} and 'launch/train.py", line' not in run.stderr
+    assert not Path("runs").exists()
+    cfg = config.parse(["--config", "x.yaml", *options.split()])
+    assert dry_run.show(cfg, sft, ranks, "cpu") == 2 and capsys.readouterr().err == f"{cure}\n"
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(sharding.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sharding.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(os, "environ", os.environ | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"})
+    with pytest.raises(ValueError, match="--nproc-per-node: got 4 ranks on this host, expected at most 2, one for each of its GPUs"):
+        sharding.start_ranks(60)
 
 
 def test_names_in_the_algorithms_page():

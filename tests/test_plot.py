@@ -33,10 +33,11 @@ def test_curves(runs, tmp_path, monkeypatch):
     raw, smooth, held_out, short, _ = axes["loss"].lines
     assert raw.get_ydata()[9] == 0.2 and smooth.get_ydata()[9] == pytest.approx(sum(2.0 / i for i in range(8, 13)) / 5)
     assert ([*held_out.get_xdata()], [*held_out.get_ydata()], [*short.get_ydata()]) == ([250], [0.5], [2.0, 1.0])
-    assert [text.get_text() for text in axes["loss"].get_legend().get_texts()] == ["long", "short"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["long", "long, held-out", "short", "short, held-out"]
 
 
 def test_refusals(runs, tmp_path):
+    plot.draw({runs[0]: {"eval/loss": ([250], [0.5])}}, ["loss"], tmp_path / "x.png")  # held-out values alone are enough
     with pytest.raises(ValueError, match="no run has los; there are eval/loss, grad_norm, loss, tokens_per_second"):
         plot.draw({runs[0]: plot.read(runs[0])}, ["los"], tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"nothing has no metrics\.jsonl; name the output_dir of a run"):

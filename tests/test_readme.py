@@ -1,6 +1,7 @@
 """What the README tells people to do."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,8 +11,70 @@ from pathlib import Path
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
+
 README = (ROOT / "README.md").read_text()
+ELSEWHERE = {  # how a command begins: what runs it instead, or what it would need
+    "pip install": ".ci/run, in an environment of its own",
+    "uv run": "a download of torch for CUDA",
+    "docker build": "test_clusters.py",
+    "kubectl apply": "test_clusters.py",
+    "sky jobs": "test_clusters.py",
+    "sbatch": "test_clusters.py",
+    "python launch/get_smollm2.py": "a download",
+    "python launch/train.py --config launch/recipes/llama3_8b_sft_full.yaml --dry_run": "a gated config; see test_recipes.py",
+    "torchrun --max-restarts 3": "tests/faults",
+    "torchrun ... launch/train.py": "the runs below",
+    "python tests/": "a machine with nothing else to do",
+}
+SMALL = "--train.max_steps 3 --checkpoint.save_steps 3 --evaluation.generate 2"
+BEFORE = {  # how a command begins: what there must be
+    "python launch/plot.py runs/dpo runs/simpo": [f"python launch/train.py --algorithm simpo {SMALL}"],
+    "python launch/export.py runs/x/checkpoint-300": [
+        f"python launch/train.py --lora.r 4 --model.model_name_or_path runs/sft/final --output_dir runs/x {SMALL}"
+    ],
+}
+
+
+def commands():
+    """Every command of the README: of its blocks, and of code in its text."""
+    lines = []
+    for block in re.findall(r"```\n(.*?)```", README, re.S):
+        lines += [re.sub(r"(^|\s+)# .*", "", line) for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S).replace("\n", " "))
+    begins = re.compile(r"(pip install|python|torchrun|uv run|sbatch|docker|kubectl|sky|cat >) ")
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines if begins.match(line)))
+
+
+def shortened(command):
+    """The command as it is run here: few steps; recipes of other machines' models and data are only resolved."""
+    command = (
+        command.removeprefix("pip install -e . && ").replace("-300", "-3").replace("-60", "-3").replace("FOLDER --merge", "MERGED --merge")
+    )
+    if "--config" in command:
+        return re.sub(r"^torchrun .* launch/train.py", "python launch/train.py", command) + " --print_config"
+    return f"{command} {SMALL}" if "launch/train.py" in command else command
+
+
+def test_every_command(tmp_path):
+    """In a copy of the project: they end well, in the README's order but for those in its text, which come last."""
+    for part in ("algorithms", "launch", "models", "train"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shell = {"cwd": tmp_path, "shell": True, "executable": "/bin/bash", "capture_output": True, "text": True}
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    known, used = commands(), set()
+    assert len(known) > 15 and known[0].startswith("pip install -e . && torchrun")
+    for command in known:
+        begun = [words for words in ELSEWHERE if command.startswith(words) and "&& torchrun" not in command]
+        used.update(begun)
+        needed = [line for words, lines in BEFORE.items() if command.startswith(words) for line in lines]
+        for line in () if begun else (*needed, shortened(command)):
+            run = subprocess.run(line, env=env, **shell)
+            assert run.returncode == 0, f"{line}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
+    assert used == ELSEWHERE.keys(), "no longer in the README"
+    assert (tmp_path / "runs" / "sft" / "final" / "model.safetensors").exists() and (tmp_path / "curves.png").exists()
+    assert all((tmp_path / folder / "model.safetensors").exists() for folder in ("FOLDER", "MERGED"))
 
 
 def test_change_a_loss(tmp_path):
@@ -26,7 +89,7 @@ def test_change_a_loss(tmp_path):
     before, table = source.split("LOSSES = {")
     path.write_text(f"{before}{function}\n\nLOSSES = {{" + table.replace("sigmoid_norm, dpop)", f"sigmoid_norm, dpop, {name})", 1))
     settings = [*("--algorithm", "dpo", "--dpo.loss_type", f"[{name}]", "--model.model_name_or_path", "builtin:tiny")]
-    settings += [*("--train.max_steps", "1", "--output_dir", str(tmp_path / "run"), "--data.eval", "null")]
+    settings += [*("--train.max_steps", "1", "--output_dir", str(tmp_path / "run"), "--evaluation.generate", "2")]
     run = subprocess.run([sys.executable, str(tmp_path / "launch" / "train.py"), *settings], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())

@@ -159,8 +159,10 @@ def _form(row: dict, kind: "Kind", cfg: config.Data, tokenizer) -> Form:
     columns = next((names for names in kind.forms if all(name in row for name in names)), None)
     if columns is None:
         raise ValueError(str(_missing(row, kind.forms)))
-    if not isinstance(row[columns[0]], str | list):
-        raise BadRow("not a string", f"{short(row[columns[0]])} in {columns[0]}", "text or a list of messages")
+    turns = columns[0] in ("messages", "conversations")
+    if not isinstance(row[columns[0]], list if turns else str | list):
+        expected = "a list of messages" if turns else "text or a list of messages"
+        raise BadRow("not a list of messages" if turns else "not a string", f"{short(row[columns[0]])} in {columns[0]}", expected)
     chat, name = isinstance(row[columns[0]], list), tokenizer.name_or_path
     if chat and not tokenizer.chat_template:
         raise ValueError(f"rows are conversations, but the tokenizer {name!r} has no chat template; give it one")
@@ -180,10 +182,12 @@ def _form(row: dict, kind: "Kind", cfg: config.Data, tokenizer) -> Form:
 
 def _missing(row: dict, forms: tuple[tuple[str, ...], ...]) -> BadRow:
     """What the row has, what it should have, and the `data.columns` that would do, as far as that can be guessed."""
-    guesses = ({new: next((old for old in (new, *SYNONYMS.get(new, ())) if old in row), None) for new in names} for names in forms)
-    guess = next((guess for guess in guesses if None not in guess.values()), {"prompt": "NAME", "completion": "NAME"})
-    renames = ", ".join(f"{new}: {old}" for new, old in guess.items() if new != old)
+    guesses = [{new: next((old for old in (new, *SYNONYMS.get(new, ())) if old in row), None) for new in names} for names in forms]
+    guess = max(guesses, key=lambda guess: (None not in guess.values(), sum(old is not None for old in guess.values())))
+    renames = ", ".join(f"{new}: {old or 'NAME'}" for new, old in guess.items() if new != old)
     cure = f"data.columns: {{{renames}}} renames them" if renames else ""
+    if {"chosen", "rejected"} <= row.keys():
+        cure = "from such pairs dpo, simpo, kto and orpo learn: set algorithm"
     return BadRow("missing column", f"columns {', '.join(row)}", " or ".join(" and ".join(names) for names in forms), cure)
 
 

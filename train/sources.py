@@ -61,6 +61,9 @@ def _source(source: str, split: str, config: str | None, streaming: bool) -> Ite
             return
         if path.suffix != ".parquet":
             raise ValueError(f"{source}: cannot read a {path.suffix or 'suffix-less'} file; expected .jsonl, .json or .parquet")
+        with open(path, "rb") as file:
+            if file.read(4) != b"PAR1":
+                raise ValueError(f"{source}: not a Parquet file; write it anew, or name it .jsonl or .json if it holds JSON")
         rows, name = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming), source
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         rows = datasets.load_from_disk(str(path))

@@ -1,7 +1,8 @@
 """The embedded default: a model, a tokenizer and a task, all made in place, so that the first run needs no download.
 
-The task: letters are shuffled, and the answer gives them reversed, sorted or doubled, as the instruction asks. A model of about a
-million weights learns it within a minute or two on a CPU, and held-out words measure whether it has learned the rule.
+The task: the answer gives letters reversed, sorted or rotated, as the instruction asks. A model of about a million weights learns it
+within a minute or two on a CPU, and held-out words measure whether it has learned the rule. Every third answer to learn from is in
+capitals, so that these are something which preferences can make likelier: what a model never says they cannot teach it.
 """
 
 import os
@@ -68,7 +69,7 @@ def model_config(name):
 
 
 def dataset(name, split):
-    """Conversational rows; no word of `test` is in `train`. letters: prompt and completion; capitals: the answer in capitals preferred."""
+    """Conversational rows; no word of `test` is in `train`. letters: prompt and completion; capitals: pairs."""
     known(name, ("letters", "capitals"), "data set")
     if split not in ROWS[name]:
         raise ValueError(f"builtin:{name} has the splits {', '.join(ROWS[name])}, not {split!r}")
@@ -84,7 +85,8 @@ def dataset(name, split):
             task = stream.choice(list(TASKS))
             prompt, answer = [{"role": "user", "content": f"{task}: {word}"}], TASKS[task](word)
             plain, capitals = ([{"role": "assistant", "content": text}] for text in (answer, answer.upper()))
-            answers = {"completion": plain} if name == "letters" else {"chosen": capitals, "rejected": plain}
+            shown = capitals if part == "train" and len(rows) % 3 == 0 else plain
+            answers = {"completion": shown} if name == "letters" else {"chosen": capitals, "rejected": plain}
             rows.append({"prompt": prompt, **answers, "answer": answer})
     return splits[split]
 

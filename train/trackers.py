@@ -4,9 +4,11 @@ Each has `scalars(step, numbers)`, `samples(step, samples)` and `close()`. A run
 Addresses and keys are the libraries' own business: WANDB_MODE, WANDB_API_KEY, MLFLOW_TRACKING_URI, TRACKIO_DIR and their like.
 """
 
+import html
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 
 from train import config
@@ -30,6 +32,11 @@ def check(log):
         library(*TRACKERS[name].library)
 
 
+def escaped(value):
+    """A cell of a Markdown table, shown letter by letter."""
+    return re.sub(r"([\\|*_`])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
 def as_text(sample):
     return "\n\n".join(f"**{name}**: {value}" for name, value in sample.items())
 
@@ -40,7 +47,7 @@ class TensorBoard:
     def __init__(self, folder, log, settings, first):
         self.board = library(*self.library).SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         if first == 1:
-            rows = "\n".join(f"| {name} | {value} |" for name, value in config.flat(settings).items())
+            rows = "\n".join(f"| {name} | {escaped(value)} |" for name, value in config.flat(settings).items())
             self.board.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", 0)
 
     def scalars(self, step, numbers):

@@ -190,8 +190,8 @@ OPTION_ERRORS = [
     ("--config x.yaml", "--config: given twice, expected one YAML file"),
     ("--config=", "--config: got nothing, expected one YAML file"),
     ("--print_config=x", "--print_config: got 'x', expected nothing"),
-    ("--dry_run=x", "--dry_run: got 'x', expected nothing or ranks, as in --dry_run=64"),
-    ("--dry_run=8xtpu", "--dry_run: got '8xtpu', expected nothing or ranks, as in --dry_run=64"),
+    ("--dry_run=x", "--dry_run: got 'x', expected nothing, or ranks, as in --dry_run=64 or --dry_run=64xcuda"),
+    ("--dry_run=8xtpu", "--dry_run: got '8xtpu', expected nothing, or ranks, as in --dry_run=64 or --dry_run=64xcuda"),
 ]
 
 

@@ -497,6 +497,9 @@ def test_builtin_rows():
     toy = pytest.importorskip("train.toy")
     where, row = next(iter(sources.read("builtin:letters", "test")))
     assert where == "builtin:letters[test]:1" and row == toy.dataset("letters", "test")[0]
+    shouted = {split: [row["completion"][0]["content"].isupper() for row in toy.dataset("letters", split)] for split in toy.ROWS["letters"]}
+    assert (sum(shouted["train"]), sum(shouted["test"])) == (4000, 0)  # preferences only make likelier what there is
+    assert all(row["chosen"][0]["content"] == row["answer"].upper() for row in toy.dataset("capitals", "test"))
 
 
 # ---- Rows --------------------------------------------------------------------------------------------------------------------

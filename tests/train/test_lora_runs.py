@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from launch import export
 from launch import train as launcher
 from models import load, logprobs, quantize, sharding
+from tests.conftest import plain
 from train import checkpoint, config, toy
 
 ALGORITHMS = ["sft", "dpo", "simpo", "kto", "orpo", "grpo"]
@@ -115,6 +116,20 @@ def test_hardware_changes_nothing_and_what_was_stopped_goes_on(name, on_two_rank
     assert ours.keys() == theirs.keys() and any(t.abs().max() > 0 for k, t in ours.items() if "lora_B" in k)
     for key, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[key], rtol=0, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", ["simpo-full", "kto-dora", "orpo-lora", "grpo-kl"])
+def test_whole_weights_change_no_bit(name, files, model_folder, train_here, tmp_path):
+    """On one rank; test_replica.py has more ranks, and the other algorithms."""
+    found = []
+    for reshard in (True, False):
+        folder = tmp_path / str(reshard)
+        folder.mkdir()
+        given = settings_of(name, folder, model_folder("llama"), files, 256) | {"fsdp.reshard_after_forward": reshard}
+        given["lora.r"] = None if name.endswith("full") else 4
+        rows = [plain(row) for row in train_here(given)]
+        found.append((rows, next((folder / name / "final").glob("*model.safetensors")).read_bytes()))
+    assert found[0] == found[1]
 
 
 def rank_file(folder, step):

@@ -228,16 +228,16 @@ def test_scored_prompts(tmp_path):
 
 
 def test_answers_are_compared_with_good_ones(tmp_path, one_rank, monkeypatch):
-    """Generated answers of the first examples, never against a rejected answer or a mismatched one."""
+    """Generated answers of the first examples, never against a rejected or bad answer or a mismatched one."""
     tok, seen = tokenizer(), []
     monkeypatch.setattr(
         loop, "greedy", lambda model, tok, prompts, limit, stopping: seen.extend(prompts) or [tok(" 24").input_ids] * len(prompts)
     )
-    good = [row | {"label": True} for row in LABELLED]
+    answers = [row | {"label": label} for row in LABELLED for label in (False, True)]
     for rows in (
         prepare(tmp_path, EXPLICIT, tok, "pairs"),
-        prepare(tmp_path, good, tok, "labelled"),
-        data.with_mismatched(prepare(tmp_path, good, tok, "labelled"), None),
+        prepare(tmp_path, answers, tok, "labelled"),
+        data.with_mismatched(prepare(tmp_path, answers, tok, "labelled"), None),
     ):
         seen.clear()
         score, samples = loop.answer(None, tok, rows, Evaluation(generate=3))
@@ -245,6 +245,8 @@ def test_answers_are_compared_with_good_ones(tmp_path, one_rank, monkeypatch):
         assert [sample["prompt"][:4] for sample in samples] == [row["prompt"][:4] for row in EXPLICIT[:3]]
         assert [sample["reference"][-3:] for sample in samples] == ["24", "ll?", "42"]
         assert score == {"exact_match": pytest.approx(1 / 3)}
+    bad = prepare(tmp_path, [row | {"label": False} for row in LABELLED], tok, "labelled")
+    assert loop.answer(None, tok, bad, Evaluation(generate=3)) == ({}, [])
 
 
 # ---- malformed rows ----------------------------------------------------------------------------------------------------------

@@ -396,9 +396,9 @@ rewards.score(["p"] * 2, ["a", sys.argv[2]], [[1]] * 2, {})
 )
 def test_workers_end_with_their_parent(file, what, how):
     """Also those that hang in C, and their children."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, file, what], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    signals = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # which a job in a shell's background ignores
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, file, what], cwd=ROOT, **pipes, **signals)
     family = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
     assert len(family) == 2
     time.sleep(1)  # until the function hangs

@@ -1,5 +1,6 @@
 """The trackers, each by its own library, without a network: what a run wrote is read back from there."""
 
+import html
 import json
 import subprocess
 import sys
@@ -38,6 +39,15 @@ def test_tensorboard(tmp_path):
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 1.0), (2, 0.5), (3, 0.25)]
     texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
     assert "| train.learning_rate | 0.5 |" in texts["settings/text_summary"] and "**answer**: b" in texts["samples/0/text_summary"]
+
+
+def test_settings_that_look_like_a_table():
+    """Shown letter by letter in a cell of their own, by TensorBoard's own renderer."""
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    for text in ("a|b", "*a*_b_", "`<b>`", r"\d+\*"):
+        cells = markdown_to_safe_html(f"| setting | value |\n|---|---|\n| x | {trackers.escaped(text)} |").split("<td>")
+        assert html.unescape(cells[2].partition("</td>")[0]) == text
 
 
 def test_mlflow(tmp_path, monkeypatch):
