@@ -111,15 +111,27 @@ def trl_side(job):
     import torch
     from trl import SFTConfig, SFTTrainer
 
-    cuda, clock = torch.cuda.is_available(), make_clock()
+    cuda, clock, dtypes = torch.cuda.is_available(), make_clock(), set()
+
+    class Watched(SFTTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            def look(_, __, out):
+                dtypes.add(str((out.log_probs if hasattr(out, "log_probs") else out.logits).dtype).removeprefix("torch."))
+
+            hook = model.register_forward_hook(look)  # behind FSDP's own, so it sees what the loss sees
+            loss = super().compute_loss(model, *args, **kwargs)
+            hook.remove()
+            return loss
+
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     common = {"output_dir": job["output_dir"], "max_steps": job["steps"], "use_cpu": not cuda, "bf16": cuda}
     config = SFTConfig(**quiet, **common, **job["settings"])
     rows = datasets.Dataset.from_json(job["data"], cache_dir=job["output_dir"])
     adapters = peft.LoraConfig(**job["adapters"]) if "adapters" in job else None
-    SFTTrainer(job["model"], config, train_dataset=rows, callbacks=[clock], peft_config=adapters).train()
+    Watched(job["model"], config, train_dataset=rows, callbacks=[clock], peft_config=adapters).train()
     losses, totals = ([entry[name] for entry in clock.logs] for name in ("loss", "num_tokens"))
     result = {"losses": losses, "tokens": [b - a for a, b in zip((0, *totals), totals)], "seconds": clock.seconds()}
+    result["dtypes"] = sorted(dtypes)  # of its log-probs
     result["device_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else None
     Path(job["result"]).write_text(json.dumps(result))
 
@@ -160,11 +172,12 @@ def recipe(job, settings):
     return {"output_dir": job["output_dir"]} | {block: own.get(block, {}) | settings.get(block, {}) for block in own | settings}
 
 
-def run(command, output):
+def run(command, output, gpus=1):
     """Run a Python script to its end; returns the most memory that its process held, GiB (VmHWM)."""
     environment = os.environ | {"OMP_NUM_THREADS": str(CORES), "TOKENIZERS_PARALLELISM": "false"}
     environment["OMP_WAIT_POLICY"] = "passive"  # spinning threads make every timing worthless where another process runs too
-    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    environment["CUDA_VISIBLE_DEVICES"] = ",".join(seen[:gpus])
     peak = 0
     with open(output, "w") as f, subprocess.Popen([sys.executable, *command], stdout=f, stderr=f, env=environment) as process:
         while process.poll() is None:
