@@ -51,7 +51,7 @@ def lacks(name, device, dtype):
         return f"the package {module}: {install}"
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if not low <= major <= high or (short and dtype not in (torch.bfloat16, torch.float16)):
-        models = f"{low}.0 or later" if high == 99 else f"{low}.x"
+        models = f"{low}.0 or later" if high == 99 else f"{low}.x" if low == high else f"{low}.x to {high}.x"
         floats = " and model.dtype bfloat16" if short else ""
         return f"a GPU of compute capability {models}{floats}, got {device.type} and {str(dtype).removeprefix('torch.')}"
 

@@ -86,7 +86,8 @@ def to_float8(model, recipe, device, emulate=False):
         raise ValueError("model.float8: torchao is not installed: pip install -e '.[float8]'") from e
     inside = {m for layer in decoder_layers(model) for m in layer.modules() if type(m) is nn.Linear}
     chosen = {m for m in inside if m.in_features % 16 == 0 and m.out_features % 16 == 0}
-    how = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    # padded inside: a micro-batch has any number of tokens, and the matrix units take multiples of 16
+    how = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model, module_filter_fn=lambda module, _: module in chosen, config=how)
     if dist.get_rank() == 0:
         print(f"swapped {len(chosen)} of {len(inside)} Linear -> Float8Linear ({recipe})", flush=True)

@@ -80,11 +80,11 @@ def build(cfg, folder, fsdp, device, seed, adapters=None, budget=None):
     kernels.swap(model, cfg.kernels, device)
     generate.add_decoder(model)
     twin = None
-    if budget and replica.wanted(cfg, fsdp, model, device.type, sharding.card(device)):
+    if budget and replica.wanted(cfg, fsdp, model, dtype, device.type, sharding.card(device)):
         twin = outline(cfg, model_config, dtype, adapters, model.config._attn_implementation)
         kernels.swap(twin, cfg.kernels, device)
-    if cfg.float8:
-        kernels.to_float8(twin or model, cfg.float8, device)
+    for part in filter(None, (model, twin)) if cfg.float8 else ():
+        kernels.to_float8(part, cfg.float8, device)
     sharding.wrap_layers(twin or model, fsdp.activation_checkpointing, cfg.compile)
     if twin:
         sharding.wrap_layers(model, "none", cfg.compile)  # it scores what is a reference

@@ -223,7 +223,7 @@ class Chunked(torch.autograd.Function):
             grad = (grad * (ctx.transform[0] / ctx.transform[2]))[:, None]  # (M, 1)
             d_hidden = ((rest @ weight) * grad).to(hidden.dtype) if want_hidden else None
             d_weight = rest.t() @ (hidden * grad).to(hidden.dtype) if want_weight else None
-            return d_hidden, d_weight, (rest.float() * grad).sum(0) if want_bias else None, None, None, None
+            return d_hidden, d_weight, (rest.t() @ grad.to(rest.dtype)).float()[:, 0] if want_bias else None, None, None, None
         of_entropy = None if ctx.live is None else others[ctx.live]  # (M,)
         d_hidden = torch.empty_like(hidden) if want_hidden else None  # (M, H)
         d_weight = torch.zeros(weight.shape, device=weight.device) if want_weight else None  # (V, H) float32

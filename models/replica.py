@@ -8,24 +8,24 @@ Nothing lies between two kernels here, so that a whole pass can be recorded as a
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 from models.attention import Rows
-from models.sharding import local, moved
+from models.sharding import local, moved, whole
 
 SHARE = 0.25  # of a GPU's memory, what replica and gradients may take under `auto`
-GRAPHS = 32  # shapes that are recorded; others run kernel by kernel
+GRAPHS = 64  # shapes that stay recorded; for another, the oldest goes
 
 
-def wanted(cfg, fsdp, model, kind, card):
-    """Whether a model to be trained gets a replica. kind: "cuda" or "cpu"; card: bytes of a GPU's memory.
+def wanted(cfg, fsdp, model, dtype, kind, card):
+    """Whether a model to be trained in `dtype` gets a replica. kind: "cuda" or "cpu"; card: bytes of a GPU's memory.
 
     ValueError: it was asked for CUDA graphs and cannot.
     """
     fits = not fsdp.reshard_after_forward
     if fsdp.reshard_after_forward == "auto":
-        fits = kind == "cuda" and sum(p.numel() * (2 + 4 * p.requires_grad) for p in model.parameters()) <= SHARE * card
+        taken = sum(p.numel() * (dtype.itemsize + 4 * p.requires_grad) for p in model.parameters())
+        fits = kind == "cuda" and taken <= SHARE * card
     if cfg.cuda_graphs and not (fits and kind == "cuda"):
         cure = "set fsdp.reshard_after_forward: false if there is room" if kind == "cuda" else "there is none on a CPU"
         raise ValueError(f"model.cuda_graphs: got true, expected false where weights do not stay whole on a GPU; {cure}")
@@ -67,17 +67,9 @@ class Replica:
     def copy(self, wanted):
         """Take over the weights of these names."""
         if dist.get_world_size() == 1:
-            mine, theirs = [self.names[n] for n in wanted], [local(p.detach()) for p in wanted.values()]
-            torch._foreach_copy_(mine, theirs)
-            return
-        for path, part in self.model.named_modules():
-            if isinstance(part, FSDPModule):
-                part.unshard()
-                for name, p in part.named_parameters():
-                    name = f"{path}.{name}".lstrip(".")
-                    if name in wanted and not isinstance(p, DTensor):  # those of parts inside are still in shards
-                        self.names[name].copy_(p)
-                part.reshard()
+            torch._foreach_copy_([self.names[name] for name in wanted], [local(p) for p in wanted.values()])
+        for name, p in wanted.items() if dist.get_world_size() > 1 else ():
+            self.names[name].copy_(whole(p.to(self.names[name].dtype)))
 
     def begin(self, training):
         """Before the micro-batches of a step or an evaluation."""
@@ -132,10 +124,13 @@ class Graphs:
         longest = min(n, power(max(rows.longest, n - input_ids.shape[1])))
         size = power(len(bounds) - 1)
         key = n, m, size, longest, byproducts, temperature, keys is None
-        if key not in self.recorded and len(self.recorded) == GRAPHS:
-            return self.plain(**given, rows=rows, byproducts=byproducts, temperature=temperature)
         if key not in self.recorded:
-            self.recorded[key] = Recorded(self, *key)
+            if len(self.recorded) == GRAPHS:
+                del self.recorded[next(iter(self.recorded))]
+            try:
+                self.recorded[key] = Recorded(self, *key)
+            except RuntimeError as e:
+                raise ValueError(f"model.cuda_graphs: this model cannot be recorded; set it to false ({str(e).splitlines()[0]})") from e
         found = self.recorded[key]
         found.fill(given, torch.tensor(bounds + [n] * (size + 1 - len(bounds)), dtype=torch.int32))
         return dict(zip(found.out, Replay.apply(found.anchor, found, len(labels))))
@@ -149,6 +144,13 @@ def power(count):
     return 1 << (count - 1).bit_length()
 
 
+def even(n, longest, rows):
+    """Bounds (rows + 1,) of n tokens in rows of `longest`: of a longer one, attention would leave the end unwritten in its results."""
+    bounds = [min(i * longest, n) for i in range(rows + 1)]
+    assert bounds[-1] == n
+    return bounds
+
+
 class Recorded:
     """The passes over a micro-batch of one size: what they read, what they leave, and their graphs."""
 
@@ -157,7 +159,7 @@ class Recorded:
         sizes = {"input_ids": (1, n), "position_ids": (1, n), "predictors": (m,), "labels": (m,)} | ({} if unkeyed else {"keys": (n,)})
         self.given = {name: torch.zeros(shape, dtype=torch.long, device=device) for name, shape in sizes.items()}
         self.rows = Rows([n])
-        self.rows.longest, self.rows.bounds = longest, torch.tensor([0] + [n] * rows, dtype=torch.int32, device=device)
+        self.rows.longest, self.rows.bounds = longest, torch.tensor(even(n, longest, rows), dtype=torch.int32, device=device)
         self.live = ("logps", *(name for name in byproducts if name == "live_entropy"))
         self.grads = [torch.zeros(m, device=device) for _ in self.live]
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -182,9 +184,11 @@ class Recorded:
         self.out = {name: value.detach() for name, value in out.items()}
 
     def fill(self, given, bounds):
-        """Put a micro-batch in its place; what of an earlier one stays behind it is computed, and changes nothing."""
+        """Put a micro-batch in its place, and zeros behind it."""
         for name, place in self.given.items():
-            place.flatten()[: given[name].numel()].copy_(given[name].flatten())
+            flat = place.flatten()
+            flat[: given[name].numel()].copy_(given[name].flatten())
+            flat[given[name].numel() :].zero_()
         self.rows.bounds.copy_(moved(bounds, self.rows.bounds.device))
 
 

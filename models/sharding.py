@@ -62,9 +62,14 @@ def make_mesh(device, replicas):
     return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def card(device):
-    """Bytes of memory of a GPU; without one, of those that are most usual."""
-    return torch.cuda.mem_get_info(device)[1] if torch.cuda.is_available() else 80 * 2**30
+def card(device=None):
+    """Bytes of memory of the run's smallest GPU, so that all ranks decide alike; without one, of those that are most usual."""
+    if not torch.cuda.is_available():
+        return 80 * 2**30
+    size = torch.tensor(torch.cuda.mem_get_info(device)[1])
+    if dist.is_initialized():
+        dist.all_reduce(size, dist.ReduceOp.MIN)
+    return int(size)
 
 
 def compute_dtype(name, device):

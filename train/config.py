@@ -493,6 +493,8 @@ class Config:
             cure = "auto, varlen or flash_attention_2 to 4 with model.cuda_graphs: the others are made anew for each micro-batch"
             require(name not in ("sdpa", "flex"), "model.attn_implementation", name, cure)
             require(self.model.quantization is None, "model.quantization", self.model.quantization, "null with model.cuda_graphs")
+            cure = "null with model.cuda_graphs, which fills micro-batches up: the 8-bit scales would be of the filling too"
+            require(self.model.float8 is None, "model.float8", self.model.float8, cure)
         for name in ("steps", "generate"):
             value = getattr(self.evaluation, name)
             require(not value or self.data.eval, f"evaluation.{name}", value, "0 while data.eval is null; set data.eval")

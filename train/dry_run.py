@@ -169,17 +169,19 @@ def with_checkpointing(cfg, model, *more):
     """`cfg` with the first kind of activation checkpointing under which `memory` fits into a GPU, if it has `auto`; none on a CPU."""
     if cfg.fsdp.activation_checkpointing != "auto":
         return cfg
-    kinds = ["none", "selective", "full", "offload"] if model.config._attn_implementation == "counted_cuda" else ["none"]
-    taken, room = math.inf, ROOM * sharding.card(None)
-    for kind in kinds:
-        chosen = replace(cfg.fsdp, activation_checkpointing=kind)
-        if (kind == "selective" and cfg.model.compile) or (kind == "offload" and cfg.model.cuda_graphs):
+    if model.config._attn_implementation != "counted_cuda":
+        return replace(cfg, fsdp=replace(cfg.fsdp, activation_checkpointing="none"))
+    room = ROOM * sharding.card()
+    for kind in ("none", "selective", "full", "offload"):
+        try:
+            chosen = replace(cfg, fsdp=replace(cfg.fsdp, activation_checkpointing=kind))
+        except ValueError:  # not with these settings
             continue
-        taken = memory(replace(cfg, fsdp=chosen), model, *more).peak
-        if taken <= room or len(kinds) == 1:
-            return replace(cfg, fsdp=chosen)
-    cure = "lower train.micro_batch_tokens, take more GPUs, or adapters (lora.r)"
-    raise ValueError(f"fsdp.activation_checkpointing: auto: even {kind} needs {in_words(taken)} of {in_words(room)}; {cure}")
+        taken = memory(chosen, model, *more).peak
+        if taken <= room:
+            return chosen
+    cure = "lower train.micro_batch_tokens, set fsdp.reshard_after_forward: true, take more GPUs, or adapters (lora.r)"
+    raise ValueError(f"fsdp.activation_checkpointing: auto: even offload needs {in_words(taken)} of {in_words(room)}; {cure}")
 
 
 def memory(cfg, model, ranks, targets, accumulates, row_length=0):
@@ -208,7 +210,7 @@ def memory(cfg, model, ranks, targets, accumulates, row_length=0):
     tied, root = sharding.is_tied(model), [p for p in model.parameters() if id(p) not in inside]
     open_ = [p for p in root if tied or p is not model.get_input_embeddings().weight]  # whole until the backward pass ends
     device = model.config._attn_implementation.removeprefix("counted_")
-    copied = replica.wanted(cfg.model, cfg.fsdp, model, device, sharding.card(None))
+    copied = replica.wanted(cfg.model, cfg.fsdp, model, model.dtype, device, sharding.card())
     open_ += [] if cfg.fsdp.reshard_after_forward or copied else [p for layer in layers for p in layer.parameters()]
     activations, again = kept_by_autograd(model, cfg.train.micro_batch_tokens, targets, cfg.fsdp.activation_checkpointing)
     biggest = max(layers, key=lambda layer: count(layer.parameters()))
@@ -286,7 +288,8 @@ def kept_by_autograd(model, tokens, targets, checkpointing):
             model.score(ids, ids, places, places, rows, ("entropy",), 1.0, keys)
         except (RuntimeError, NotImplementedError) as e:
             raise ValueError(
-                f"--dry_run: {type(model).__name__} chooses its work by its data (experts?), so its activations cannot be counted: {e}"
+                f"{type(model).__name__} chooses its work by its data (experts?), so what it keeps cannot be counted; leave --dry_run out "
+                f"and name fsdp.activation_checkpointing ({str(e).splitlines()[0]})"
             ) from e
         finally:
             for hook in hooks:

@@ -128,9 +128,8 @@ def accumulate(model, algorithm, settings, micro_batches, totals, device, backwa
         except torch.OutOfMemoryError as e:
             lengths = batch["attention_mask"].sum(-1)
             what = f"a micro-batch of {len(lengths)} rows, {int(lengths.sum())} tokens, the longest row of {int(lengths.max())}"
-            raise torch.OutOfMemoryError(
-                f"{what}, did not fit: lower train.micro_batch_tokens or set fsdp.activation_checkpointing ({e})"
-            ) from e
+            cure = "lower train.micro_batch_tokens, or set fsdp.activation_checkpointing or fsdp.reshard_after_forward"
+            raise torch.OutOfMemoryError(f"{what}, did not fit: {cure} ({e})") from e
         for name, value in ({"loss": loss} | metrics).items():
             sums[name] = sums.get(name, 0) + weight * torch.as_tensor(value, device=device).detach().double()
     if replica and backward:

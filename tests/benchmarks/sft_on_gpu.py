@@ -88,16 +88,18 @@ def opponents(name, at_once):
     return found
 
 
-def fastest(name, options):
+def fastest(name, at_once, options):
     """The title of TRL's fastest settings, by a short run of each."""
     tried = {}
-    for title, settings in opponents(name, 1).items():
+    for title, settings in opponents(name, at_once).items():
         if options.only in title:
             try:
                 tried[title] = common.measure("trl", settings, options, 4)
                 print(f"tried TRL, {title}: {tried[title]['speed']:.0f} tokens/s, {tried[title]['gib']:.1f} GiB", flush=True)
             except SystemExit as e:
                 print(f"tried TRL, {title}: failed: {str(e).splitlines()[-2:]}", flush=True)
+    if not tried:
+        raise SystemExit(f"none of TRL's settings runs {name} with {at_once} rows at once")
     return max(tried, key=lambda title: tried[title]["speed"])
 
 
@@ -180,8 +182,9 @@ def compare(name, options):
     """Rows of the table for one model."""
     options.model = f"{options.work}/{name}"
     write_model(options.model, SHAPES[name])
-    best, rows = None if options.alone else fastest(name, options), []
+    rows = []
     for at_once in options.at_once:
+        best = None if options.alone else fastest(name, at_once, options)
         runs = {"ours": []} | ({"trl": []} if best else {})
         for _ in range(options.repeats):
             for side in runs:

@@ -117,6 +117,21 @@ def test_recorded_steps_are_the_steps(tmp_path):
     assert len(recorded.replica.twin.score.__self__.recorded) == 4, "of each size one with byproducts, one without"
 
 
+def test_recording_leaves_no_gradient(tmp_path):
+    """A pack much longer than its rows, in memory full of NaN: what no kernel writes would be in the sums."""
+    write("qwen3", tmp_path, head_dim=64)
+    model = load.build(
+        Model(str(tmp_path), dtype="bfloat16", cuda_graphs=True),
+        *(tmp_path, Fsdp(reshard_after_forward=False), sharding.start_ranks(60), 0),
+        budget=1024,
+    )
+    torch.full((2**28,), float("nan"), device="cuda")  # freed at once, and given out again as it is
+    model.replica.begin(training=True)
+    logps = logprobs.token_logps(model.replica.twin, rows([100, 200, 250, 230, 200]))["logps"]
+    assert logps.isfinite().all()
+    assert all((total == 0).all() for total in model.replica.sums.values())
+
+
 def test_packed_bfloat16_equals_float32(tmp_path):
     write("qwen3", tmp_path)
     device, results = sharding.start_ranks(60), []

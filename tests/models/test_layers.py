@@ -5,11 +5,13 @@ Run as a script under TRITON_INTERPRET=1, this file compares Liger's kernels wit
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from test_logprobs import rows
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import attention, dropout, generate, load, logprobs, lora, replica, sharding
+from models import attention, dropout, generate, kernels, load, logprobs, lora, replica, sharding
 from train import toy
 from train.config import Config, Data, Fsdp, Lora, Model
 
@@ -120,6 +122,40 @@ def test_four_bits_have_no_replica(tmp_path):
     assert ours(tmp_path, adapters=Lora(r=4), weights="whole", quantization="nf4").replica is None
 
 
+def test_what_is_recorded_has_rows_as_long_as_those_to_come():
+    """However a pack is filled up, its rows are no longer than `longest`, so kernels write all of a recorded one too."""
+    stream = random.Random(0)
+    for _ in range(200):
+        n = 64 * stream.randint(1, 64)
+        filled, lengths = 0, []
+        while filled < n:
+            lengths.append(min(n - filled, stream.randint(1, stream.choice([8, 200, 4096]))))
+            filled += lengths[-1]
+        longest, size = min(n, replica.power(max(lengths))), replica.power(len(lengths))
+        bounds = replica.even(n, longest, size)
+        steps = [b - a for a, b in pairwise(bounds)]
+        assert len(steps) == size and sum(steps) == n and min(steps) >= 0 and max(steps) == min(n, longest)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_float8_is_one_function_with_and_without_a_replica(recipe, tmp_path, monkeypatch):
+    """Emulated: near the plain products; what scores a reference is what is trained; any number of tokens, as padding makes it 16s."""
+    write("llama", tmp_path, hidden_size=64, intermediate_size=96)
+    plain = step(ours(tmp_path))
+    monkeypatch.setattr(kernels, "to_float8", partial(kernels.to_float8, emulate=True))
+    sharded, whole = (ours(tmp_path, weights=weights, float8=recipe) for weights in ("sharded", "whole"))
+    eighths = [m for m in whole.replica.twin.modules() if type(m).__name__ == "Float8Linear"]
+    assert len(eighths) == 2 * 7 and all(m.config.pad_inner_dim for m in eighths)
+    got = step(sharded)
+    assert all(map(torch.equal, got, step(whole)))
+    for a, b in zip(got, plain):
+        assert 1e-4 < (a - b).norm() / b.norm() < 0.3
+    with torch.no_grad():
+        batch = rows(LENGTHS[0])
+        scored = [logprobs.token_logps(model, batch)["logps"] for model in (whole, whole.replica.twin, sharded)]
+    assert torch.equal(scored[0], scored[1]) and torch.equal(scored[0], scored[2])
+
+
 GRAPHS = {"cuda_graphs": True}
 REFUSED = [  # settings of `model`, of `fsdp`, and what is said
     (
@@ -154,6 +190,7 @@ REFUSED = [  # settings of `model`, of `fsdp`, and what is said
         "^model.attn_implementation: got 'flex', expected auto, varlen or flash_attention_2 to 4",
     ),
     (GRAPHS | {"quantization": "nf4"}, {}, "^model.quantization: got 'nf4', expected null with model.cuda_graphs"),
+    (GRAPHS | {"float8": "rowwise"}, {}, "^model.float8: got 'rowwise', expected null with model.cuda_graphs"),
 ]
 
 
@@ -173,7 +210,7 @@ def test_graphs_are_refused_where_auto_attention_goes_row_by_row(tmp_path):
     write("llama", tmp_path)
     model = ours(tmp_path)
     assert model.config._attn_implementation == "packed_sdpa"
-    asked = Model(str(tmp_path), cuda_graphs=True), Fsdp(reshard_after_forward=False), model, "cuda", 80 * 2**30
+    asked = Model(str(tmp_path), cuda_graphs=True), Fsdp(reshard_after_forward=False), model, torch.float32, "cuda", 80 * 2**30
     with pytest.raises(ValueError, match=r"^model.cuda_graphs: got true, expected false with packed_sdpa attention, all that this GPU has"):
         replica.wanted(*asked)
     model.config._attn_implementation = "packed_varlen"
