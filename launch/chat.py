@@ -21,8 +21,13 @@ def main():
     args = parser.parse_args()
     if Path(args.model, "manifest.json").exists():
         sys.exit(f"chat.py: {args.model} is a checkpoint; first: python launch/export.py {args.model} FOLDER")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, device_map="cuda" if torch.cuda.is_available() else "cpu").eval()
+    if Path(args.model, "final").is_dir() and not Path(args.model, "config.json").exists():
+        sys.exit(f"chat.py: {args.model} is a run's output_dir; its model is {args.model.rstrip('/')}/final")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, device_map="cuda" if torch.cuda.is_available() else "cpu").eval()
+    except (OSError, ValueError) as e:
+        sys.exit(f"chat.py: {args.model}: neither a Hugging Face folder nor a hub name that can be read: {str(e).splitlines()[0]}")
     history = [{"role": "system", "content": args.system}] if args.system else []
     for line in [args.prompt] if args.prompt else lines():
         history.append({"role": "user", "content": line})

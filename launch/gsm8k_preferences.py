@@ -15,7 +15,10 @@ MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verificat
 def main():
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    lines = Path(sys.argv[1]).read_text().splitlines()
+    try:
+        lines = Path(sys.argv[1]).read_text().splitlines()
+    except OSError as e:
+        sys.exit(f"gsm8k_preferences.py: {sys.argv[1]}: {e.strerror}; expected GSM8K's example_model_solutions.jsonl")
     folder = Path(sys.argv[2] if len(sys.argv) == 3 else "data/gsm8k")
     folder.mkdir(parents=True, exist_ok=True)
     files = {}

@@ -70,6 +70,18 @@ WRONG_CONFIGS = [  # lines after the five of OK, or options; what the refusal mu
     ("train: [1, 2]", "got a list, expected lines of `name: value`"),
     ("seed: 42\nseed: 43", "set twice, first on line 6; keep one"),
     ("model: {quantization: nf4", "not plain YAML"),
+    ("train: {optim: adamw_torch_fused}", "did you mean adamw?"),
+    ("train: {optim: adamw_bnb_8bit}", "did you mean adamw_8bit?"),
+    ("fsdp: {reduce_dtype: bf16}", "did you mean bfloat16?"),
+    ("beta: 0.1", "did you mean dpo.beta or simpo.beta or kto.beta or orpo.beta or grpo.beta?"),
+    ("loss_type: sigmoid", "did you mean sft.loss_type or dpo.loss_type or"),
+    ("loss: {_component_: torchtune.rlhf.loss.DPOLoss}", "set algorithm, and loss_type in the block of its name"),
+    ("save_safetensors: true", "checkpoints are always safetensors"),
+    ("special_tokens: {pad_token: x}", "the tokenizer's"),
+    ("device: cuda", "a run uses the GPUs that torchrun gives it"),
+    ("remove_unused_columns: false", "left out by themselves"),
+    ("neftune_noise_alpha: 5", "nothing like it here"),
+    ("lora: {target_modules: [{path: q_proj}]}", "what belongs to an item is a setting beside it"),
 ]
 WRONG_DATA = [  # file name, its text (None: no file), options, what the refusal must contain
     ("a.jsonl", None, "", "no such file"),

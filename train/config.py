@@ -52,10 +52,12 @@ OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and oth
     "set train.max_grad_norm": "clip_grad_norm grad_clip gradient_clipping max_norm",
     "set train.adam_beta1 and train.adam_beta2": "betas adam_betas optim_args",
     "set train.adam_epsilon": "eps adam_eps",
-    "set model.dtype": "bf16 fp16 precision torch_dtype",
+    "set model.dtype": "bf16 fp16 precision torch_dtype mixed_precision",
+    "set model.compile": "torch_compile compile_model torch_compile_backend",
     "set model.model_name_or_path": "model model_name base_model pretrained_model_name_or_path checkpointer checkpoint_dir"
     " checkpoint_files base_model_config",
-    "set model.attn_implementation": "flash_attention flash_attn use_flash_attention sdp_attention xformers_attention",
+    "set model.attn_implementation": "flash_attention flash_attn use_flash_attention sdp_attention xformers_attention eager_attention"
+    " attn_impl attention",
     "set model.model_revision": "revision revision_of_model",
     "set data.train": "data dataset datasets dataset_name train_file data_files",
     "set data.eval": "eval_dataset val_set_size test_datasets dataset_val validation_file val_file",
@@ -69,7 +71,8 @@ OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and oth
     "set model.chat_template_path": "chat_template chat_template_jinja chat_template_file prompt_template template",
     "set data.weights": "interleave_probs mix_strategy dataset_mixer dataset_weights probabilities",
     "set data.max_rows": "max_samples max_train_samples dataset_streaming streaming",
-    "the tokenizer's chat template is used, nothing to set": "tokenizer tokenizer_type tokenizer_name_or_path tokenizer_config model_type",
+    "the tokenizer's chat template is used, nothing to set": "tokenizer tokenizer_type tokenizer_name_or_path tokenizer_config model_type"
+    " special_tokens eot_tokens eos_token pad_token",
     "set evaluation.steps (0: at the end only)": "eval_steps eval_strategy evaluation_strategy evals_per_epoch run_val_every_n_steps",
     "set checkpoint.save_steps (0: at the end only)": "save_strategy save_every saves_per_epoch save_every_n_steps",
     "set checkpoint.save_total_limit": "keep_last_n_checkpoints",
@@ -104,6 +107,21 @@ OLD_NAMES = {  # what to do here: the names that TRL, torchtune, axolotl and oth
     "there is nothing to set: log-probs never hold tokens x vocabulary": "use_liger_kernel use_liger_loss liger_fused_linear_cross_entropy",
     "upload output_dir/final with `hf upload`; nothing is pushed by a run": "push_to_hub hub_model_id hub_token hub_strategy",
     "settings are names, never classes; MIGRATION.md has this trainer's": "_component_",
+    "set algorithm, and loss_type in the block of its name": "loss loss_fn",
+    "everything is written under output_dir": "logging_dir output_path overwrite_output_dir log_dir",
+    "checkpoints are always safetensors, nothing to set": "save_safetensors save_only_model",
+    "rows are shuffled by seed, nothing to set": "shuffle shuffle_dataset data_seed shuffle_merged_datasets",
+    "a run uses the GPUs that torchrun gives it, nothing to set": "device device_map use_cpu no_cuda n_gpu local_rank ddp_backend",
+    "columns that nothing reads are left out by themselves, and rewards get all": "remove_unused_columns",
+    "there is nothing like it here": "neftune_noise_multiplier neftune_noise_alpha plugins profiler optimizer_in_bwd",
+}
+
+OLD_VALUES = {  # what others call a value of ours
+    "adamw": "adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused torch.optim.AdamW",
+    "adamw_8bit": "adamw_bnb_8bit bitsandbytes.optim.AdamW8bit",
+    "bfloat16": "bf16 torch.bfloat16",
+    "float32": "fp32 torch.float32",
+    "warmup_stable_decay": "wsd",
 }
 
 
@@ -250,7 +268,7 @@ class Train:
     num_train_epochs: float = 1.0
     """Passes over the data when `max_steps` is null."""
     learning_rate: float = 2e-5
-    """AdamW's step size at the top of the schedule."""
+    """AdamW's step size at the top of the schedule; left out, TRL's: 2e-5 for sft, 1e-6 for the others."""
     lr_scheduler_type: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "linear"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: float = 0.0
@@ -714,10 +732,15 @@ def describe(kind):
 
 def mismatch(got, kind):
     choices = re.findall(r"\w+", describe(kind).partition("one of ")[2])
-    close = difflib.get_close_matches(str(got), choices, 1)
+    close = [name for name, others in OLD_VALUES.items() if name in choices and str(got) in others.split()]
+    close = close or difflib.get_close_matches(str(got), choices, 1)
     cure = ""
     if close and close[0] != got:
         cure = f"; did you mean {close[0]}?"
+    elif isinstance(got, list) and any(isinstance(item, dict) for item in got):
+        cure = (
+            "; what belongs to an item is a setting beside it: of data.train, data.format, data.weights, data.train_split and data.config"
+        )
     elif "text" in describe(kind) and not isinstance(got, str | list | None):
         cure = "; quote it"
     return f"got {'null' if got is None else repr(got)}, expected {describe(kind)}{cure}"
@@ -733,7 +756,13 @@ def nearest(name, known, dashes=""):
 
     score, best = max(map(alike, known))
     cure = next((cure for cure, names in OLD_NAMES.items() if leaf in names.split()), None)
-    return cure if cure and best.rpartition(".")[2] != leaf else f"did you mean {dashes}{best}?" if score > 0.7 else "--help lists them all"
+    if cure and best.rpartition(".")[2] != leaf:
+        return cure
+    block, _, last = best.rpartition(".")
+    meant = [best]
+    if block in get_args(AlgorithmName) and not name.startswith(f"{block}."):  # which algorithm is trained is not known here
+        meant = [key for key in known if key.rpartition(".")[2] == last]
+    return f"did you mean {' or '.join(dashes + key for key in meant)}?" if score > 0.7 else "--help lists them all"
 
 
 def convert(read, known, place):
@@ -764,6 +793,8 @@ def load(options, known) -> Config:
     overrides = [f"--{name}={value}" for name, value in options if name not in ("config", *FLAGS)]
     in_file = convert(lambda: parser.parse_object(values, defaults=False), known, lambda key: (f"{path}:{lines[key]}: {key}", values[key]))
     merged = convert(lambda: parser.parse_args(overrides, in_file), known, lambda key: (f"--{key}", given[key]))
+    if merged.algorithm != "sft" and "train.learning_rate" not in {*given, *lines}:
+        merged["train.learning_rate"] = 1e-6
     for key, f in known.items():
         if is_required(f) and key not in merged:
             raise Refused(f"{path}: {key} is missing, expected {describe(f.type)}; set it there or as --{key}")

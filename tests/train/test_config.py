@@ -516,6 +516,16 @@ def test_one_rank_prints(write, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("algorithm", config.get_args(config.AlgorithmName))
+def test_learning_rates_are_trls(write, algorithm):
+    more = "grpo: {reward_funcs: [length]}\n" if algorithm == "grpo" else ""
+    write(f"{OK}algorithm: {algorithm}\n{more}")
+    assert config.parse(["--config", "x.yaml"]).train.learning_rate == (2e-5 if algorithm == "sft" else 1e-6)
+    assert config.parse(["--config", "x.yaml", "--train.learning_rate", "3e-4"]).train.learning_rate == 3e-4
+    write(f"{OK}algorithm: {algorithm}\n{more}train: {{learning_rate: 5e-4}}\n")
+    assert config.parse(["--config", "x.yaml"]).train.learning_rate == 5e-4
+
+
 def test_help_shows_every_setting(write, capsys):
     with pytest.raises(SystemExit) as end:
         config.parse(["--config", "nope.yaml", "--help"])
@@ -525,7 +535,7 @@ def test_help_shows_every_setting(write, capsys):
     shown = [key for key in known if config.is_setting(key, known)]
     assert [key for key in shown if not texts.get(key)] == [], "a field without a docstring"
     assert [key for key in shown if f"--{key}" not in text or re.sub(r"\s", "", texts[key]) not in text] == []
-    assert "--train.learning_rateLEARNING_RATEAdamW'sstepsizeatthetopoftheschedule.(type:float,default:2e-05)" in text
+    assert "--train.weight_decayWEIGHT_DECAYAdamW's,decoupledfromthegradient.(type:float,default:0.0)" in text
     assert "(required)(type:str|list[str])--data.weights" in text and "(type:int|null,default:1024)" in text
     assert "--configFILE" in text and "--print_config" in text
 
