@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 import yaml
 
 from tests.conftest import ROOT
+from train.config import AlgorithmName
 
 README = (ROOT / "README.md").read_text()
 ELSEWHERE = {  # how a command begins: what runs it instead, or what it would need
@@ -24,7 +26,8 @@ ELSEWHERE = {  # how a command begins: what runs it instead, or what it would ne
     "python launch/get_smollm2.py": "a download",
     "python launch/train.py --config launch/recipes/llama3_8b_sft_full.yaml --dry_run": "a gated config; see test_recipes.py",
     "torchrun --max-restarts 3": "tests/faults",
-    "torchrun ... launch/train.py": "the runs below",
+    "torchrun ... launch/train.py": "each_algorithm",
+    "pytest tests/": "the tests themselves",
     "python tests/": "a machine with nothing else to do",
 }
 SMALL = "--train.max_steps 3 --checkpoint.save_steps 3 --evaluation.generate 2"
@@ -42,7 +45,7 @@ def commands():
     for block in re.findall(r"```\n(.*?)```", README, re.S):
         lines += [re.sub(r"(^|\s+)# .*", "", line) for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S).replace("\n", " "))
-    begins = re.compile(r"(pip install|python|torchrun|uv run|sbatch|docker|kubectl|sky|cat >) ")
+    begins = re.compile(r"(pip install|python|torchrun|uv run|sbatch|docker|kubectl|sky|pytest|cat >) ")
     return list(dict.fromkeys(" ".join(line.split()) for line in lines if begins.match(line)))
 
 
@@ -54,6 +57,15 @@ def shortened(command):
     if "--config" in command:
         return re.sub(r"^torchrun .* launch/train.py", "python launch/train.py", command) + " --print_config"
     return f"{command} {SMALL}" if "launch/train.py" in command else command
+
+
+def each_algorithm():
+    """From data to an answer, for each algorithm; SFT's model is where the others start."""
+    for name in get_args(AlgorithmName):
+        start = f" --algorithm {name} --model.model_name_or_path runs/sft/final" if name != "sft" else ""
+        yield f"python launch/train.py{start} --output_dir runs/all/{name} {SMALL}"
+        yield f"python launch/export.py runs/all/{name}/checkpoint-3 runs/all/{name}/exported"
+        yield f'python launch/chat.py runs/all/{name}/exported --prompt "Sort: dcba" --max_new_tokens 5'
 
 
 def test_every_command(tmp_path):
@@ -73,6 +85,9 @@ def test_every_command(tmp_path):
             run = subprocess.run(line, env=env, **shell)
             assert run.returncode == 0, f"{line}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
     assert used == ELSEWHERE.keys(), "no longer in the README"
+    for line in each_algorithm():
+        run = subprocess.run(line, env=env, **shell)
+        assert run.returncode == 0, f"{line}\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}"
     assert (tmp_path / "runs" / "sft" / "final" / "model.safetensors").exists() and (tmp_path / "curves.png").exists()
     assert all((tmp_path / folder / "model.safetensors").exists() for folder in ("FOLDER", "MERGED"))
 
