@@ -15,9 +15,15 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-BENCHMARKS = {"sft": "sft_vs_trl.py", "preference": "preference_vs_trl.py", "grpo": "grpo_vs_trl.py"}
+BENCHMARKS = {
+    "sft": "sft_vs_trl.py",
+    "sft of adapters": "sft_vs_trl.py --lora",
+    "preference": "preference_vs_trl.py",
+    "grpo": "grpo_vs_trl.py",
+}
 SMALLEST = {  # to see that they run; the figures mean nothing
     "sft": "--steps 4 --repeats 1 --trial-steps 0",
+    "sft of adapters": "--steps 4 --repeats 1 --trial-steps 0",
     "preference": "--steps 4 --repeats 1 --algorithms dpo",
     "grpo": "--steps 4 --repeats 1 --prompts 1 --tokens 16",
 }
@@ -25,7 +31,8 @@ SMALLEST = {  # to see that they run; the figures mean nothing
 
 def measure(name, arguments):
     """Run one benchmark; returns its part of the table: what it was called with, and the rows that it printed."""
-    command = [sys.executable, str(HERE / BENCHMARKS[name]), *arguments.split()]
+    script, *given = f"{BENCHMARKS[name]} {arguments}".split()
+    command = [sys.executable, str(HERE / script), *given]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
@@ -34,7 +41,7 @@ def measure(name, arguments):
     kept = [line for line in lines if line.startswith("|") or "largest difference" in line]
     if process.returncode:
         kept.append(f"failed with exit code {process.returncode}: {next((line for line in reversed(lines) if line), '')}")
-    return [f"`python tests/benchmarks/{BENCHMARKS[name]} {arguments}`".replace(" `", "`"), "", *spaced(kept), ""], process.returncode
+    return [f"`python tests/benchmarks/{' '.join([script, *given])}`", "", *spaced(kept), ""], process.returncode
 
 
 def spaced(lines):

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import sft_vs_trl as common
-from sft_on_gpu import ADAPTERS, LENGTH, SHAPES, write_model, write_rows
+from sft_on_gpu import LENGTH, SHAPES, write_model, write_rows
 
 STEPS, PROFILED, EXAMPLES = 10, 2, 8  # of a process; of them under the profiler; a rank and step
 LAYOUTS = {"fsdp": {"reshard_after_forward": True}, "hsdp": {"reshard_after_forward": True}, "whole": {"reshard_after_forward": False}}
@@ -52,7 +52,7 @@ def recipe(algorithm, shape, layout, ranks, folder, steps):
     if algorithm == "grpo":
         known["grpo"] = {"reward_funcs": [f"{folder}/rewards.py:even"], "num_generations": 8, "max_completion_length": ANSWER}
         train["global_batch_size"] *= 8
-    return known | ({"lora": ADAPTERS} if shape.endswith("lora") else {})
+    return known | ({"lora": common.ADAPTERS} if shape.endswith("lora") else {})
 
 
 def worker(path, result):
@@ -132,7 +132,7 @@ def trl(shape, ranks, options):
     settings |= {"learning_rate": 1e-5, "model_init_kwargs": {"attn_implementation": options.trl}} | common.UNCHECKED
     job = {"output_dir": f"{folder}/run", "model": f"{folder}/{shape}", "data": f"{folder}/sft.jsonl", "steps": options.steps}
     job |= {"result": f"{folder}/result.json", "settings": settings}
-    job |= {"adapters": ADAPTERS | {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}} if shape.endswith("lora") else {}
+    job |= common.PEFT if shape.endswith("lora") else {}
     fsdp = {"use_fsdp": "", "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "mixed_precision": "bf16"}
     flags = [word for key, value in fsdp.items() for word in (f"--{key}", str(value)) if word]
     command = ["-m", "accelerate.commands.launch", "--num_processes", str(ranks), *flags]

@@ -31,7 +31,6 @@ SHAPES = {
     "qwen3-1.7b": QWEN | {"hidden_size": 2048, "intermediate_size": 6144},
     "llama3-8b-lora": LLAMA,
 }
-ADAPTERS = {"r": 16, "lora_alpha": 32}
 
 
 def write_model(folder, shape):
@@ -69,7 +68,7 @@ def ours(name, at_once):
     model = {"compile": True, "cuda_graphs": True}
     train = {"micro_batch_tokens": at_once * LENGTH, "learning_rate": 1e-5, "warmup_steps": 0, "lr_scheduler_type": "constant"}
     blocks = {"model": model, "data": {"max_length": LENGTH}, "train": train, "fsdp": {"reshard_after_forward": False}}
-    return blocks | ({"lora": ADAPTERS} if name.endswith("lora") else {})
+    return blocks | ({"lora": common.ADAPTERS} if name.endswith("lora") else {})
 
 
 def opponents(name, at_once):
@@ -78,7 +77,7 @@ def opponents(name, at_once):
     rates = {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "max_length": LENGTH, "packing": True}
     base = size | rates | common.UNCHECKED
     if name.endswith("lora"):
-        base["adapters"] = ADAPTERS | {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        base |= common.PEFT
     found = {}
     for attention in ("flash_attention_4", "sdpa"):
         for liger in (True, False):

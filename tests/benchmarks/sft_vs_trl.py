@@ -32,6 +32,8 @@ ROWS_PER_STEP = 8  # TRL's default per_device_train_batch_size
 LENGTHS = (50, 800)  # tokens of a row
 VOCABULARY = 8192
 OURS = {"cpu": {"train": {"micro_batch_tokens": 1024}}, "cuda": {}}  # more is no faster on a CPU
+ADAPTERS = {"r": 16, "lora_alpha": 32}
+PEFT = {"adapters": ADAPTERS | {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}}  # the same to TRL
 UNCHECKED = {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {}}
 ROW_BY_ROW = UNCHECKED | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP}
 
@@ -240,6 +242,8 @@ def compare(options, device):
     best = max(tried, key=lambda name: tried[name]["best"]) if tried else next(iter(candidates))
     names = {"ours": "ours", "trl": "TRL, its defaults", "packed": f"TRL, {best}", "rows": "TRL, one row at once"}
     settings = {"ours": OURS[device], "trl": {}, "packed": candidates[best], "rows": ROW_BY_ROW}
+    if options.lora:
+        settings = {side: s | ({"lora": ADAPTERS} if side == "ours" else PEFT) for side, s in settings.items()}
     runs = {side: [] for side in names if side not in options.without}
     for _ in range(options.repeats):
         for side in runs:
@@ -255,6 +259,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side")
     parser.add_argument("--trial-steps", type=int, default=6, help="steps of each try at packing; 0: take the first")
     parser.add_argument("--smollm2", action="store_true", help="the shape of SmolLM2-135M, with random weights")
+    parser.add_argument("--lora", action="store_true", help="train adapters of rank 16 instead of all weights")
     parser.add_argument("--without", nargs="+", choices=["trl", "packed"], default=[], help="sides to leave out")
     parser.add_argument("--model", help="folder or hub name; default: a Llama of 8 million random weights")
     parser.add_argument("--data", help=".jsonl, rows of at most 1024 tokens; default: conversations of 50 to 800 random words")
