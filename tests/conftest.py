@@ -104,8 +104,8 @@ def data_file(tmp_path_factory):
 
 
 def write_recipe(settings):
-    """A YAML file of `settings` (dotted key: value), beside their output_dir."""
-    nested = {}
+    """A YAML file of `settings` (dotted key: value), beside their output_dir. Also on GPUs in float32, for what is compared to 1e-5."""
+    nested = {"model": {"dtype": "float32"}} if torch.cuda.is_available() else {}
     for key, value in settings.items():
         *blocks, name = key.split(".")
         block = nested
@@ -144,6 +144,8 @@ class Run:
     """`torchrun launch/train.py` with `settings` (dotted key: value), under way."""
 
     def __init__(self, settings, ranks, script="launch/train.py", more=()):
+        if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+            pytest.skip(f"needs {ranks} GPUs, or none")
         self.folder = Path(settings["output_dir"])
         self.console = Path(f"{self.folder}.console")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

@@ -18,24 +18,30 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+import sft_on_gpu
 import sft_vs_trl as common
-from sft_on_gpu import LENGTH, SHAPES, write_model, write_rows
 
 STEPS, PROFILED, EXAMPLES = 10, 2, 8  # of a process; of them under the profiler; a rank and step
 LAYOUTS = {"fsdp": {"reshard_after_forward": True}, "hsdp": {"reshard_after_forward": True}, "whole": {"reshard_after_forward": False}}
 ANSWER = 256  # tokens of GRPO's completions
+TINY = sft_on_gpu.QWEN | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 8192}
+SHAPES = sft_on_gpu.SHAPES | {"tiny": TINY}  # to see, also on a CPU, that everything runs; its figures mean nothing
 
 
 def write_inputs(folder, count):
     """Rows for each algorithm, in pairs of half the length of a row."""
-    write_rows(f"{folder}/sft.jsonl", count)
+    sft_on_gpu.write_rows(f"{folder}/sft.jsonl", count)
     stream = random.Random(0)
 
     def words(n):
         return " ".join(f"w{stream.randrange(common.VOCABULARY - 7)}" for _ in range(n))
 
     for name, row in {
-        "dpo": lambda: {"prompt": words(LENGTH // 8), "chosen": " " + words(LENGTH // 4), "rejected": " " + words(LENGTH // 4)},
+        "dpo": lambda: {
+            "prompt": words(sft_on_gpu.LENGTH // 8),
+            "chosen": " " + words(sft_on_gpu.LENGTH // 4),
+            "rejected": " " + words(sft_on_gpu.LENGTH // 4),
+        },
         "grpo": lambda: {"prompt": words(ANSWER)},
     }.items():
         Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row()) + "\n" for _ in range(count)))
@@ -45,9 +51,12 @@ def write_inputs(folder, count):
 
 def recipe(algorithm, shape, layout, ranks, folder, steps):
     """Settings of our run."""
-    train = {"global_batch_size": EXAMPLES * ranks, "max_steps": steps, "micro_batch_tokens": LENGTH, "learning_rate": 1e-5}
+    train = {"global_batch_size": EXAMPLES * ranks, "max_steps": steps, "micro_batch_tokens": sft_on_gpu.LENGTH, "learning_rate": 1e-5}
     known = {"algorithm": algorithm, "output_dir": f"{folder}/run", "train": train, "log": {"report_to": []}}
-    known |= {"model": {"model_name_or_path": f"{folder}/{shape}"}, "data": {"train": f"{folder}/{algorithm}.jsonl", "max_length": LENGTH}}
+    known |= {
+        "model": {"model_name_or_path": f"{folder}/{shape}"},
+        "data": {"train": f"{folder}/{algorithm}.jsonl", "max_length": sft_on_gpu.LENGTH},
+    }
     known["fsdp"] = LAYOUTS[layout] | ({"replicas": ranks} if layout == "hsdp" else {})
     if algorithm == "grpo":
         known["grpo"] = {"reward_funcs": [f"{folder}/rewards.py:even"], "num_generations": 8, "max_completion_length": ANSWER}
@@ -128,7 +137,7 @@ def ours(algorithm, shape, layout, ranks, options):
 def trl(shape, ranks, options):
     """The same numbers of TRL's SFTTrainer under accelerate's FSDP2, and the dtype of its log-probs."""
     folder = options.work
-    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": EXAMPLES, "max_length": LENGTH, "packing": True}
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": EXAMPLES, "max_length": sft_on_gpu.LENGTH, "packing": True}
     settings |= {"learning_rate": 1e-5, "model_init_kwargs": {"attn_implementation": options.trl}} | common.UNCHECKED
     job = {"output_dir": f"{folder}/run", "model": f"{folder}/{shape}", "data": f"{folder}/sft.jsonl", "steps": options.steps}
     job |= {"result": f"{folder}/result.json", "settings": settings}
@@ -152,16 +161,18 @@ def main():
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--trl", metavar="ATTENTION", help="TRL too, with this attention, e.g. sdpa")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--length", type=int, default=sft_on_gpu.LENGTH, help="tokens of a row")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return worker(*options.worker)
+    sft_on_gpu.LENGTH = options.length
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     heading, rows = "| | | GPUs | tokens/s of each | of one GPU's | GiB | communication | not hidden |", []
     with tempfile.TemporaryDirectory(dir=memory) as options.work:
         write_inputs(options.work, options.steps * EXAMPLES * max(options.ranks))
         for shape in options.shapes:
-            write_model(f"{options.work}/{shape}", SHAPES[shape])
+            sft_on_gpu.write_model(f"{options.work}/{shape}", SHAPES[shape])
             sides = {(f"{shape}, {a}", layout): partial(ours, a, shape, layout) for a in options.algorithms for layout in options.layouts}
             sides |= {(f"{shape}, sft", "TRL, FSDP2"): partial(trl, shape)} if options.trl else {}
             for (title, layout), side in sides.items():

@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def write_model(folder, shape):
-    """A Hugging Face folder of this shape with random weights in bfloat16, drawn on the GPU, and a tokenizer of words."""
+    """A Hugging Face folder of this shape with random weights in bfloat16, drawn on the GPU if there is one, and a tokenizer of words."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -46,11 +46,12 @@ def write_model(folder, shape):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    stream = torch.Generator("cuda").manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stream = torch.Generator(device).manual_seed(0)
     tensors = {
         name: torch.ones(p.shape, dtype=torch.bfloat16)
         if p.ndim == 1
-        else torch.randn(p.shape, generator=stream, device="cuda", dtype=torch.bfloat16).mul_(0.02).cpu()
+        else torch.randn(p.shape, generator=stream, device=device, dtype=torch.bfloat16).mul_(0.02).cpu()
         for name, p in model.named_parameters()
     }
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
