@@ -24,8 +24,8 @@ def start_ranks(timeout_seconds):
     local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
-        if local >= gpus:
-            ranks = os.environ["LOCAL_WORLD_SIZE"]
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        if ranks > gpus:  # on all ranks of the host, or those that have a GPU would wait for the others
             raise ValueError(f"--nproc-per-node: got {ranks} ranks on this host, expected at most {gpus}, one for each of its GPUs")
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -166,10 +166,12 @@ def test_wrong_world_size(write, capsys, ranks, options, cure):  # noqa: F811
     assert dry_run.show(cfg, sft, ranks, "cpu") == 2 and capsys.readouterr().err == f"{cure}\n"
 
 
-def test_more_ranks_than_gpus(monkeypatch):
+@pytest.mark.parametrize("local", ["0", "2"])
+def test_more_ranks_than_gpus(monkeypatch, local):
+    """Each rank refuses, so that none waits for another."""
     monkeypatch.setattr(sharding.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sharding.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(os, "environ", os.environ | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"})
+    monkeypatch.setattr(os, "environ", os.environ | {"LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "4"})
     with pytest.raises(ValueError, match="--nproc-per-node: got 4 ranks on this host, expected at most 2, one for each of its GPUs"):
         sharding.start_ranks(60)
 

@@ -36,6 +36,33 @@ def test_curves(runs, tmp_path, monkeypatch):
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["long", "long, held-out", "short", "short, held-out"]
 
 
+def test_legend_of_all_panels(tmp_path, monkeypatch):
+    """Runs of one name are told apart; what only the second panel shows is explained, and each line once."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: drawn.append(self))
+    first, second = {"loss": ([1], [2.0])}, {"loss": ([1], [3.0]), "rewards/accuracies": ([1], [0.5]), "eval/exact_match": ([1], [0.5])}
+    plot.draw({"a/dpo": first, "b/dpo/": second, "b/simpo": first}, None, tmp_path / "x.png")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a/dpo", "b/dpo", "b/dpo, held-out", "simpo"]
+    assert [axis.get_ylim() for axis in drawn[0].axes[1:]] == [(-0.05, 1.05)] * 2  # shares
+
+
+def test_names():
+    assert plot.names_of(["runs/dpo", "runs/simpo"]) == {"runs/dpo": "dpo", "runs/simpo": "simpo"}
+    assert plot.names_of(["x/a/dpo", "y/a/dpo"]) == {"x/a/dpo": "x/a/dpo", "y/a/dpo": "y/a/dpo"}
+    here = str(Path.cwd().name)
+    assert plot.names_of(["dpo", "a/dpo", "."]) == {"dpo": f"{here}/dpo", "a/dpo": "a/dpo", ".": here}
+    assert plot.names_of(["dpo", "dpo/"]) == {"dpo": "dpo", "dpo/": "dpo"}
+
+
+def test_axes_are_labelled_for_every_algorithm():
+    """A quantity, then its unit where it has one; a log-prob is an answer's or a token's, so the label says neither."""
+    for name, label in plot.SHOWN.items():
+        assert label and not label.startswith("of "), name
+    assert plot.SHOWN["logps/chosen"] == plot.SHOWN["logps/rejected"] == "mean log-prob, nats"
+
+
 def test_refusals(runs, tmp_path):
     plot.draw({runs[0]: {"eval/loss": ([250], [0.5])}}, ["loss"], tmp_path / "x.png")  # held-out values alone are enough
     with pytest.raises(ValueError, match="no run has los; there are eval/loss, grad_norm, loss, tokens_per_second"):

@@ -41,3 +41,33 @@ def test_a_recipe(path, tmp_path):
     print(path.stem, *found, said and said[1])
     if said:
         assert found[1] == "GiB" and abs(float(found[0]) / float(said[1]) - 1) < 0.15, (found, said[1])
+    if card := re.search(r"(\d+)(?: or \d+)? GB", text):  # the smallest GPU that the header names
+        assert float(found[0]) + 1 < 0.97 * int(card[1]), "with CUDA's own, this does not fit"
+
+
+def test_what_people_start_from():
+    """Each algorithm, size, family and way to train has a recipe, and so have one GPU, eight, and several hosts."""
+    commands, known = {}, set()
+    for path in RECIPES:
+        cfg, commands[path.stem] = config.parse(["--config", str(path)]), path.read_text().splitlines()[0]
+        way = "qlora" if cfg.model.quantization else "lora" if cfg.lora.r else "full"
+        known.add((cfg.model.model_name_or_path.rpartition("/")[2], cfg.algorithm, way))
+    wanted = {(f"Qwen3-{size}", "sft") for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")}
+    wanted |= {(f"Llama-3.{size}-Instruct", "sft") for size in ("2-1B", "2-3B", "1-8B", "3-70B")}
+    wanted |= {("gemma-3-270m-it", "sft"), ("gemma-3-1b-it", "sft"), ("Mistral-7B-Instruct-v0.3", "sft"), ("SmolLM2-135M-Instruct", "dpo")}
+    wanted |= {("Llama-3.1-8B-Instruct", "grpo"), ("Qwen3-1.7B-Base", "grpo"), ("Qwen3-8B", "kto"), ("Qwen3-8B", "simpo")}
+    assert wanted | {("Qwen3-8B-Base", "orpo")} <= {(name, algorithm) for name, algorithm, _ in known}
+    families = {(family, way) for name, _, way in known for family in ("Qwen3", "Llama", "gemma", "Mistral") if name.startswith(family)}
+    assert {(family, way) for family in ("Qwen3", "Llama", "gemma", "Mistral") for way in ("full", "lora")} <= families
+    assert {("Llama", "qlora"), ("Mistral", "qlora")} <= families
+    assert {1, 8, 16, 32} <= {ranks_of(command) for command in commands.values()}
+
+
+def test_the_readme_says_what_the_headers_say():
+    """Of memory that is estimated."""
+    row = re.search(r"^\| ([^|]*) \| estimated by `--dry_run`: ([^|]*) GiB \|$", (ROOT / "README.md").read_text(), re.M)
+    names, numbers = re.findall(r"\w+_\w+", row[1]), re.findall(r"\d+", row[2])
+    assert len(names) == 3
+    for name, number in zip(names, numbers, strict=True):
+        header = (ROOT / "launch" / "recipes" / f"{name}.yaml").read_text()
+        assert f": {number} GiB" in next(line for line in header.splitlines() if line.startswith("# Memory")), name

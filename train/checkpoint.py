@@ -150,16 +150,22 @@ def free_bytes(path):
     return shutil.disk_usage(next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())).free
 
 
-def check_space(output_dir, cfg, size, exported, saves):
-    """ValueError where the disk has no room for the checkpoints to come, of `size` bytes each, and the exported model.
+def needed(output_dir, cfg, size, exported, saves):
+    """(how many checkpoints come to stand beside those that are there, bytes that they and the final model need with a tenth to spare).
 
-    saves: how many will be written. One more than `save_total_limit` stand at a time, as an old one is removed only after.
+    size: bytes of a checkpoint; saves: how many will be written. One more than `save_total_limit` stand at a time, as an old one is removed
+    only after.
     """
-    standing, problem = len(found(output_dir)), None
+    standing = len(found(output_dir))
     most = standing + saves if cfg.save_total_limit is None else min(standing + saves, cfg.save_total_limit + 1)
     coming = max(min(saves, 1), most - standing)
     exported *= not Path(output_dir, "final").exists()  # else it is written over the old one
-    need, free = int(1.1 * (coming * size + exported)), free_bytes(output_dir)
+    return coming, int(1.1 * (coming * size + exported))
+
+
+def check_space(output_dir, cfg, size, exported, saves):
+    """ValueError where the disk has no room for what is `needed`."""
+    (coming, need), free, problem = needed(output_dir, cfg, size, exported, saves), free_bytes(output_dir), None
     if dist.get_rank() == 0 and need > free:
         problem = (
             f"checkpoint.save_total_limit: {coming} more checkpoints of {size:,} bytes and the final model need {need:,} "

@@ -80,10 +80,23 @@ def describe(cfg, algorithm, ranks, device):
         shares = zip(data.sources_of(cfg.data, "train"), counts)
         yield "an epoch: " + ", ".join(f"{count:,} examples of {source[0]}" for source, count in shares)
     yield f"run: {sum(counts):,} examples, {steps:,} steps of {size}, {parts} micro-batches a rank and step, {tokens:,} tokens"
-    saved = trained * (4 + optim.STATE_BYTES[cfg.train.optim])
-    final = trained * 4 if cfg.lora.r else everything * (shape.dtype or torch.float32).itemsize
-    kept = cfg.checkpoint.save_total_limit or math.ceil(steps / (cfg.checkpoint.save_steps or steps))
+    saved, saves, final = on_disk(cfg, shape, everything, trained, steps)
+    kept = cfg.checkpoint.save_total_limit or saves
     yield f"disk: {in_words(saved)} a checkpoint, of which {kept} are kept; {in_words(final)} for final/"
+
+
+def written(cfg, algorithm):
+    """What a run writes: (bytes of a checkpoint, how many times one is saved, bytes of final/). ValueError: as of `describe`."""
+    shape, tokenizer = model_config(cfg.model), tokenizer_of(cfg.model)
+    steps, model = extent(cfg, algorithm, sample(cfg, "train", algorithm, tokenizer))[1], outline(cfg, shape, "cpu")
+    return on_disk(cfg, shape, count(model.parameters()), count(p for p in model.parameters() if p.requires_grad), steps)
+
+
+def on_disk(cfg, shape, everything, trained, steps):
+    """As `written`, of so many parameters and so many of them trained."""
+    saved = trained * (4 + optim.STATE_BYTES[cfg.train.optim] + 4 * cfg.reference.sync_ref_model)
+    final = trained * 4 if cfg.lora.r else everything * (shape.dtype or torch.float32).itemsize
+    return saved, math.ceil(steps / (cfg.checkpoint.save_steps or steps)), final
 
 
 def in_words(size):
